@@ -1,0 +1,38 @@
+"""The one place for exceptions that megachat raises on purpose.
+
+Every error a user can cause is a `MegachatError` whose message is one line: what was wrong, where,
+the numbers on both sides, and what to change. The command line prints that line and exits with 2.
+Anything else that escapes is a bug in megachat and keeps its traceback.
+"""
+
+
+class MegachatError(Exception):
+    """Base of all errors that megachat raises on purpose."""
+
+
+class ConfigError(MegachatError):
+    """A configuration key, value or combination of values that cannot be honoured."""
+
+
+class LayoutError(MegachatError):
+    """A parallel layout that does not fit the world size, the model or another layout."""
+
+
+class DataError(MegachatError):
+    """Missing, empty or malformed training data."""
+
+
+class CheckpointError(MegachatError):
+    """A missing, corrupt or mismatching model file."""
+
+
+class CapacityError(MegachatError):
+    """Something does not fit: memory, positions of the model, a cache, a disk."""
+
+
+class KernelError(MegachatError):
+    """A compute backend that is unavailable or cannot handle the given shapes or dtypes."""
+
+
+class LaunchError(MegachatError):
+    """Processes that could not be started, joined or kept together."""

@@ -1,0 +1,1 @@
+"""How ranks are arranged, grouped, connected and started."""

@@ -1,0 +1,145 @@
+"""The one place for rank arithmetic: which rank sits where in a tensor x data x pipeline grid.
+
+Pure: no process group, no device. Two or more layouts are alive in every RLHF job.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megachat.errors import LayoutError
+
+
+class Axis(StrEnum):
+    """A mesh axis of a layout."""
+
+    TENSOR = "tensor"
+    """Ranks that share every layer by slices of its matrices."""
+    DATA = "data"
+    """Ranks that hold the same parameters and see different rows."""
+    PIPELINE = "pipeline"
+    """Ranks that hold consecutive ranges of layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coordinate:
+    """Position of one rank in a layout."""
+
+    tensor: int
+    data: int
+    pipeline: int
+
+    def along(self, axis: Axis) -> int:
+        """The position on one axis."""
+        return {
+            Axis.TENSOR: self.tensor,
+            Axis.DATA: self.data,
+            Axis.PIPELINE: self.pipeline,
+        }[axis]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelLayout:
+    """Degrees of tensor, pipeline and data parallelism of one model role.
+
+    Ranks are numbered tensor fastest, then data, then pipeline, as Megatron does: tensor-parallel
+    ranks are neighbours (one node), pipeline stages are farthest apart.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses degrees below one."""
+        if min(self.tensor, self.pipeline, self.data) < 1:
+            raise LayoutError(f"layout {self}: every degree must be at least 1")
+
+    def __str__(self) -> str:
+        """`tp2.pp2.dp1`."""
+        return f"tp{self.tensor}.pp{self.pipeline}.dp{self.data}"
+
+    @classmethod
+    def for_world(cls, world_size: int, *, tensor: int = 1, pipeline: int = 1) -> "ParallelLayout":
+        """The layout that fills `world_size` ranks, the data degree derived.
+
+        Raises:
+            LayoutError: tensor x pipeline does not divide the world size.
+        """
+        model_ranks = tensor * pipeline
+        if model_ranks < 1 or world_size % model_ranks:
+            raise LayoutError(
+                f"world size {world_size} is not a multiple of tensor {tensor} x pipeline "
+                f"{pipeline} = {model_ranks}: change the number of processes or the degrees"
+            )
+        return cls(tensor=tensor, pipeline=pipeline, data=world_size // model_ranks)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def degree(self, axis: Axis) -> int:
+        """Number of ranks along one axis."""
+        return {
+            Axis.TENSOR: self.tensor,
+            Axis.DATA: self.data,
+            Axis.PIPELINE: self.pipeline,
+        }[axis]
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Position of a rank.
+
+        Raises:
+            LayoutError: The rank is outside the layout.
+        """
+        if not 0 <= rank < self.world_size:
+            raise LayoutError(f"rank {rank} is outside layout {self} of {self.world_size} ranks")
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinate(tensor=tensor, data=data, pipeline=pipeline)
+
+    def rank_of(self, coordinate: Coordinate) -> int:
+        """Inverse of `coordinate`."""
+        inner = coordinate.data + self.data * coordinate.pipeline
+        return coordinate.tensor + self.tensor * inner
+
+    def ranks_along(self, axis: Axis, rank: int) -> tuple[int, ...]:
+        """Ranks that differ from `rank` on `axis` only, in axis order, `rank` included."""
+        here = self.coordinate(rank)
+        stride = {
+            Axis.TENSOR: 1,
+            Axis.DATA: self.tensor,
+            Axis.PIPELINE: self.tensor * self.data,
+        }[axis]
+        first = rank - here.along(axis) * stride
+        return tuple(first + index * stride for index in range(self.degree(axis)))
+
+    def groups_along(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
+        """All groups of ranks along one axis, each rank in exactly one, ordered by first rank."""
+        return tuple(
+            self.ranks_along(axis, rank)
+            for rank in range(self.world_size)
+            if self.coordinate(rank).along(axis) == 0
+        )
+
+    def model_groups(self) -> tuple[tuple[int, ...], ...]:
+        """All groups of ranks that together hold one copy of the model (tensor x pipeline)."""
+        return tuple(
+            tuple(rank for rank in range(self.world_size) if self.coordinate(rank).data == data)
+            for data in range(self.data)
+        )
+
+    def embedding_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of the first and the last pipeline stage, which share the tied embedding."""
+        return tuple(
+            tuple(dict.fromkeys((ranks[0], ranks[-1])))
+            for ranks in self.groups_along(Axis.PIPELINE)
+        )
+
+    def is_first_stage(self, rank: int) -> bool:
+        """Whether the rank holds the input embedding."""
+        return self.coordinate(rank).pipeline == 0
+
+    def is_last_stage(self, rank: int) -> bool:
+        """Whether the rank holds the output head."""
+        return self.coordinate(rank).pipeline == self.pipeline - 1

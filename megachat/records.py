@@ -7,8 +7,8 @@ Conventions that every record keeps:
 * response tensors are aligned to response tokens: column j belongs to response token j, which
   stands at sequence position `prompt_lengths + j` and is predicted at position
   `prompt_lengths + j - 1`;
-* batches are *global*: every rank holds the same record, and an engine takes the rows of its
-  data-parallel coordinate.
+* batches are *global* and live on the CPU: every rank holds the same record, and an engine moves
+  the rows of its data-parallel coordinate to its device.
 """
 
 from dataclasses import dataclass, fields
@@ -35,6 +35,12 @@ class Batch:
                 field.name: getattr(self, field.name).index_select(0, rows)
                 for field in fields(self)
             }
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """The same record on another device."""
+        return type(self)(
+            **{field.name: getattr(self, field.name).to(device) for field in fields(self)}
         )
 
 

@@ -1,0 +1,164 @@
+"""The one place for the settings of the data: sources, how they are split, and length limits."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from megachat.config import ConfigModel, PathField
+from megachat.data.formats import COMMON_FORMAT, FORMATS, unknown_name
+
+
+class Stage(StrEnum):
+    """What rows are prepared for; the order is that of the split weights."""
+
+    SFT = "sft"
+    """Step 1: prompt and chosen answer, for next-token training."""
+    REWARD = "reward"
+    """Step 2: pairs of a chosen and a rejected answer."""
+    PROMPTS = "prompts"
+    """Step 3: prompts alone, to be answered by the actor."""
+
+
+class Recipe(StrEnum):
+    """Which tokens of a supervised row are training targets."""
+
+    ANSWERS = "answers"
+    """The answer and its end of sequence; the prompt only conditions."""
+    DEEPSPEED_CHAT = "deepspeed-chat"
+    """Prompt, answer and end of sequence, as DeepSpeed-Chat does."""
+
+
+class LongPrompts(StrEnum):
+    """What happens to a prompt of more than `max_prompt_tokens`."""
+
+    DROP = "drop"
+    """The row is left out and counted."""
+    TRUNCATE_LEFT = "truncate_left"
+    """The last tokens are kept, since a question usually ends its context."""
+    ERROR = "error"
+    """The run stops."""
+
+
+class LongAnswers(StrEnum):
+    """What happens to an answer that does not fit."""
+
+    TRUNCATE = "truncate"
+    """The first tokens are kept, without an end of sequence unless `eos_on_truncated`."""
+    DROP = "drop"
+    """The row is left out and counted."""
+
+
+SplitWeights = Annotated[
+    tuple[
+        Annotated[float, Field(ge=0.0)],
+        Annotated[float, Field(ge=0.0)],
+        Annotated[float, Field(ge=0.0)],
+    ],
+    Field(strict=False),
+]
+"""Relative shares of the rows for SFT, reward model and PPO prompts."""
+
+
+class SourceConfig(ConfigModel):
+    """One data set."""
+
+    name: str
+    """A known data set (see `megachat.data.formats.FORMATS`), or any name for your own `path`."""
+    path: PathField | None = None
+    """A local copy: a .json, .jsonl or .parquet file, a folder of such files, or a folder written
+    by `datasets.Dataset.save_to_disk`. None takes the data set from the hub or its cache."""
+    format: str | None = None
+    """Name of the data set whose fields the rows have; None means that of `name`, and `common`
+    (prompt, chosen, rejected) where `name` is not a known data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set that has several."""
+    revision: str | None = None
+    """Git revision of a hub data set; `refs/convert/parquet` for those that ship a script."""
+    split: SplitWeights | None = None
+    """Shares for the three steps, e.g. (10, 0, 0) for supervised data; None takes the common
+    one."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often each training row appears in an epoch: 1 once, 2 twice, 0.5 a new random half in
+    every epoch."""
+    max_rows: Annotated[int, Field(gt=0)] | None = None
+    """Read at most this many raw records; None reads all."""
+
+    @model_validator(mode="after")
+    def _known_format(self) -> Self:
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(unknown_name("format", self.format))
+        if self.path is None and self.name not in FORMATS:
+            raise ValueError(f"{unknown_name('name', self.name)}, or give a path")
+        if self.path is None and FORMATS[self.name].needs_path:
+            raise ValueError(f"data set '{self.name}' needs a path")
+        if self.split is not None and not sum(self.split):
+            raise ValueError(f"split of '{self.name}': at least one of the shares must be > 0")
+        return self
+
+    @property
+    def format_name(self) -> str:
+        """Name of the format of the rows."""
+        if self.format is not None:
+            return self.format
+        return self.name if self.name in FORMATS else COMMON_FORMAT
+
+
+class DataConfig(ConfigModel):
+    """All data of a run; the same table serves the three stages."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
+    """The data sets, blended by their weights."""
+    split: SplitWeights = (2.0, 4.0, 4.0)
+    """Shares of each source for SFT, reward model and PPO prompts; the parts are disjoint."""
+    validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of a stage's rows that is held out where a source has no validation rows of its own."""
+    max_validation_rows: Annotated[int, Field(gt=0)] | None = 2000
+    """Largest number of held-out rows per source; rows beyond it stay in the training set where
+    they were held out by share."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """Seed of the split and the hold-out."""
+    max_prompt_tokens: Annotated[int, Field(gt=1)] = 256
+    """Longest prompt, a beginning-of-sequence token included."""
+    max_tokens: Annotated[int, Field(gt=2)] = 512
+    """Longest row: prompt, answer and end of sequence."""
+    max_answer_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Longest answer, end of sequence included; None leaves what the prompt leaves of the row."""
+    min_answer_tokens: Annotated[int, Field(gt=0)] = 2
+    """Shortest answer, end of sequence included; rows below it are left out and counted."""
+    long_prompts: Annotated[LongPrompts, Field(strict=False)] = LongPrompts.DROP
+    """What happens to longer prompts."""
+    long_answers: Annotated[LongAnswers, Field(strict=False)] = LongAnswers.TRUNCATE
+    """What happens to longer answers."""
+    eos_on_truncated: bool = False
+    """Whether a truncated answer gets an end of sequence. It did not end there, so by default it
+    does not: a reward read at the end of sequence stays a reward for ending."""
+    recipe: Annotated[Recipe, Field(strict=False)] = Recipe.ANSWERS
+    """Training targets of supervised rows."""
+    max_bad_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Largest share of unusable records of a source; above it the run stops."""
+    cache_dir: PathField = Path("runs/cache/data")
+    """Folder of the converted and tokenised data, shared by runs and ranks."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not sum(self.split):
+            raise ValueError("split: at least one of the three shares must be > 0")
+        shortest = self.max_tokens - self.max_prompt_tokens
+        if shortest < self.min_answer_tokens:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} - max_prompt_tokens {self.max_prompt_tokens} = "
+                f"{shortest} leaves no room for an answer of min_answer_tokens "
+                f"{self.min_answer_tokens}"
+            )
+        if self.max_answer_tokens is not None and self.max_answer_tokens < self.min_answer_tokens:
+            raise ValueError(
+                f"max_answer_tokens {self.max_answer_tokens} is below min_answer_tokens "
+                f"{self.min_answer_tokens}"
+            )
+        return self
+
+    def split_of(self, source: SourceConfig) -> tuple[float, float, float]:
+        """The shares that hold for one source."""
+        return self.split if source.split is None else source.split

@@ -1,0 +1,185 @@
+"""The one place that opens a data set: hub name, saved folder, files, or installed demo data."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.cache.cache import Cache
+
+from megachat.data import chitchat
+from megachat.data.cache import DataCache, content_key
+from megachat.data.config import SourceConfig
+from megachat.data.formats import FORMATS
+from megachat.data.hub import hub_is_reachable
+from megachat.data.records_io import FILE_SUFFIXES, RawRecord, read_dataset, read_file
+from megachat.errors import DataError
+
+TRAIN = "train"
+"""Name of the rows to train on."""
+VALIDATION = "validation"
+"""Name of the rows a source holds out by itself."""
+
+_VALIDATION_NAMES = ("validation", "valid", "eval", "dev", "test")
+"""Names of held-out rows in public data sets, the first that exists is used."""
+
+Records = Callable[[], Iterator[RawRecord]]
+"""Starts a new pass over raw records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenSource:
+    """A data set that was found."""
+
+    splits: Mapping[str, Records]
+    """`train` and, where the source holds out rows itself, `validation`."""
+    fingerprint: str
+    """Hash of the content."""
+
+
+def open_source(config: SourceConfig, *, cache: DataCache) -> OpenSource:
+    """Finds a data set without reading it.
+
+    Raises:
+        DataError: It does not exist, cannot be opened, or has no training rows.
+    """
+    if config.path is not None:
+        return _open_path(config.path, cache=cache)
+    if config.name in _INSTALLED:
+        return _open_installed(_INSTALLED[config.name], cache=cache)
+    return _open_hub(config, cache=cache)
+
+
+def _open_installed(read: Callable[..., Iterator[RawRecord]], *, cache: DataCache) -> OpenSource:
+    return OpenSource(
+        splits={TRAIN: partial(read, held_out=False), VALIDATION: partial(read, held_out=True)},
+        fingerprint=content_key(
+            {"files": cache.files_digest(chitchat.data_files()), "vader": chitchat.vader_version()}
+        ),
+    )
+
+
+_INSTALLED: Mapping[str, Callable[..., Iterator[RawRecord]]] = {
+    "chitchat": chitchat.reply_records,
+    "chitchat-upbeat": chitchat.upbeat_records,
+}
+
+
+def _open_path(path: Path, *, cache: DataCache) -> OpenSource:
+    if path.is_file():
+        return _from_files({TRAIN: [path]}, cache=cache)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, cache=cache)
+    files = _group_files(path)
+    if not files.get(TRAIN):
+        raise DataError(
+            f"{path}: holds neither a data set written by save_to_disk nor training rows in "
+            f"{', '.join(FILE_SUFFIXES)} files"
+        )
+    return _from_files(files, cache=cache)
+
+
+def _group_files(folder: Path) -> dict[str, list[Path]]:
+    """Files of a folder and of its `data` folder by split; unnamed ones are for training."""
+    found = sorted(
+        path
+        for parent in (folder, folder / "data")
+        if parent.is_dir()
+        for path in parent.iterdir()
+        if path.suffix in FILE_SUFFIXES
+    )
+    by_name: dict[str, list[Path]] = {}
+    for path in found:
+        word = path.stem.split("-")[0].split(".")[0]
+        by_name.setdefault(word if word in _VALIDATION_NAMES else TRAIN, []).append(path)
+    return _choose_splits(by_name)
+
+
+def _choose_splits(available: Mapping[str, Any]) -> dict[str, Any]:
+    """The training rows and the first kind of held-out rows there is."""
+    chosen = {TRAIN: available[TRAIN]} if TRAIN in available else {}
+    held_out = next((name for name in _VALIDATION_NAMES if name in available), None)
+    if held_out is not None:
+        chosen[VALIDATION] = available[held_out]
+    return chosen
+
+
+def _from_files(files: Mapping[str, Sequence[Path]], *, cache: DataCache) -> OpenSource:
+    return OpenSource(
+        splits={name: partial(_read_files, tuple(paths)) for name, paths in files.items()},
+        fingerprint=content_key(
+            {name: cache.files_digest(list(paths)) for name, paths in files.items()}
+        ),
+    )
+
+
+def _read_files(paths: Sequence[Path]) -> Iterator[RawRecord]:
+    return chain.from_iterable(read_file(path) for path in paths)
+
+
+def _open_saved(path: Path, *, cache: DataCache) -> OpenSource:
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises many types for a damaged folder
+        raise DataError(f"{path}: cannot be loaded as a saved data set: {error}") from error
+    return _from_datasets(saved, name=str(path), cache=cache)
+
+
+def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
+    """The splits of a `Dataset` or `DatasetDict`, which lie memory-mapped on disk."""
+    splits = {TRAIN: loaded} if isinstance(loaded, datasets.Dataset) else _choose_splits(loaded)
+    if TRAIN not in splits:
+        raise DataError(f"{name}: has no split 'train', only {', '.join(loaded)}")
+    digests = {
+        split: [cache.file_digest(Path(file["filename"])) for file in dataset.cache_files]
+        for split, dataset in splits.items()
+    }
+    return OpenSource(
+        splits={
+            split: partial(read_dataset, dataset, name=f"{name} [{split}]")
+            for split, dataset in splits.items()
+        },
+        fingerprint=content_key(digests),
+    )
+
+
+def _open_hub(config: SourceConfig, *, cache: DataCache) -> OpenSource:
+    name = FORMATS[config.name].hub_name or config.name
+    load = _download if hub_is_reachable() else _load_cached
+    return _from_datasets(load(config, name=name), name=name, cache=cache)
+
+
+def _load_cached(config: SourceConfig, *, name: str) -> Any:
+    """What an earlier download of the data set left on this machine."""
+    try:
+        builder = Cache(
+            dataset_name=name.rpartition("/")[2],
+            repo_id=name,
+            config_name=config.subset,
+            version="auto",
+            hash="auto",
+        )
+        return builder.as_dataset()
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"data set {name}: the hub cannot be reached from here and no copy is cached: give a "
+            "local copy by path"
+        ) from error
+
+
+def _download(config: SourceConfig, *, name: str) -> Any:
+    try:
+        return datasets.load_dataset(name, name=config.subset, revision=config.revision)
+    except Exception as error:  # anything between the network and the library
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = (
+            'set revision = "refs/convert/parquet", which has the rows without the script'
+            if "script" in reason
+            else "give a local copy by path"
+        )
+        raise DataError(f"data set {name}: cannot be loaded: {reason}: {hint}") from error

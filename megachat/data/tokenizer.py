@@ -1,0 +1,337 @@
+"""The one place that talks to tokenizer libraries: loading, saving and training them.
+
+Everything else sees token ids. Two rules hold for every tokenizer that comes through here:
+
+* the padding id differs from the end-of-sequence id, so that an end can be trained (OPT: `<pad>` 1
+  and `</s>` 2). Nothing is ever patched to `pad = eos`;
+* control tokens in *text* are text: a prompt that contains the characters `</s>` never becomes an
+  end of sequence. Role markers such as `<human>` are ordinary vocabulary and are recognised.
+"""
+
+import hashlib
+import io
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import sentencepiece
+import tokenizers
+from pydantic import Field
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megachat.config import ConfigModel
+from megachat.data.hub import hub_is_reachable
+from megachat.errors import CheckpointError, ConfigError, DataError
+
+SENTENCEPIECE_FILE = "sentencepiece.model"
+"""Name of the sentencepiece model that is kept beside a tokenizer trained here."""
+
+_SOURCE_PLACE = re.compile(r"^\w+: \S+\(\d+\) (\[.*?\] )?")
+"""Where in its sources the trainer complains, which helps nobody here."""
+
+_SCORE_STEPS = 256.0
+"""Piece scores are rounded to multiples of 1/256, see `_round_scores`."""
+
+
+class SentencePieceConfig(ConfigModel):
+    """How to train a small sentencepiece unigram vocabulary."""
+
+    vocab_size: Annotated[int, Field(gt=8)] = 4096
+    """Number of pieces, the four control tokens and the markers included."""
+    character_coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9995
+    """Share of the characters of the text that get a piece; the rest becomes `<unk>`."""
+    user_defined_symbols: Annotated[tuple[str, ...], Field(strict=False)] = ("<human>", "<bot>")
+    """Markers that are always one token, in this order directly after the control tokens."""
+    bos_token: Literal["<s>", "</s>"] = "<s>"
+    """Beginning of sequence: `<s>` (id 0), or `</s>` (id 2), which OPT uses for both ends."""
+    add_bos: bool = False
+    """Whether a sequence starts with the beginning-of-sequence token."""
+    max_sentences: Annotated[int, Field(gt=0)] = 40_000
+    """Texts that are sampled for training; more costs time and memory for little gain."""
+    max_sentence_bytes: Annotated[int, Field(gt=0)] = 16_384
+    """Texts longer than this many UTF-8 bytes are left out of the training."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """Seed of the sampling of texts."""
+
+
+class Tokenizer:
+    """A Hugging Face fast tokenizer with explicit control ids.
+
+    Attributes:
+        bos_id: Beginning of sequence; the end of sequence where the tokenizer has none.
+        eos_id: End of sequence: the one token that ends an answer in every stage.
+        pad_id: Fills the right of short rows, never an end.
+        adds_bos: Whether sequences start with `bos_id` (True for OPT).
+    """
+
+    def __init__(self, library: Any, *, origin: str) -> None:
+        """Wraps a fast tokenizer of the transformers library.
+
+        Args:
+            library: A `transformers.PreTrainedTokenizerFast`.
+            origin: Folder or name it came from, for messages.
+
+        Raises:
+            DataError: It is not a fast tokenizer, has no end or padding token, or pads with its
+                end-of-sequence token.
+        """
+        if not isinstance(library, PreTrainedTokenizerFast):
+            raise DataError(
+                f"tokenizer {origin}: {type(library).__name__} is not a fast tokenizer: save it "
+                "with a tokenizer.json"
+            )
+        if library.eos_token_id is None:
+            raise DataError(f"tokenizer {origin}: has no eos_token: add one to its configuration")
+        if library.pad_token_id is None or library.pad_token_id == library.eos_token_id:
+            raise DataError(
+                f"tokenizer {origin}: pad id {library.pad_token_id} must exist and differ from eos "
+                f"id {library.eos_token_id}, or ends could not be trained: give it a pad_token of "
+                "its own (OPT has <pad> = 1)"
+            )
+        self._library = library
+        self._backend: Any = library.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        probe = self._backend.encode("", add_special_tokens=True).ids
+        self._backend.encode_special_tokens = True  # control tokens in text are text
+        self.origin = origin
+        self.eos_id: int = library.eos_token_id
+        self.pad_id: int = library.pad_token_id
+        bos = library.bos_token_id
+        self.bos_id: int = self.eos_id if bos is None else bos
+        self.adds_bos: bool = bos is not None and probe[:1] == [bos]
+
+    @classmethod
+    def load(cls, folder_or_name: str | Path) -> Self:
+        """Loads a tokenizer folder or a hub name, looking on this machine first.
+
+        Args:
+            folder_or_name: A folder that `transformers.AutoTokenizer` loads, or a hub name such as
+                `facebook/opt-125m`, which is taken from the local cache when it is there.
+
+        Raises:
+            CheckpointError: There is no such folder, or the name is neither cached nor reachable.
+            DataError: The tokenizer breaks a rule of this module.
+        """
+        name = str(folder_or_name)
+        if Path(name).is_dir():
+            return cls(_load_folder(Path(name)), origin=name)
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise CheckpointError(f"tokenizer {name}: no such folder")
+        try:
+            library = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError):
+            library = _download(name)
+        return cls(library, origin=name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; the embedding of a model may have more rows."""
+        return len(self._library)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the ids of a text."""
+        state = f"{self._backend.to_str()}|{self.bos_id}|{self.eos_id}|{self.pad_id}"
+        return hashlib.sha256(f"{state}|{self.adds_bos}".encode()).hexdigest()[:32]
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the control tokens (padding, ends, unknown), ascending."""
+        return tuple(sorted(set(self._library.all_special_ids)))
+
+    def token_id(self, token: str) -> int:
+        """The id of one vocabulary entry such as `<human>`.
+
+        Raises:
+            DataError: There is no such entry.
+        """
+        found: int | None = self._backend.token_to_id(token)
+        if found is None:
+            raise DataError(f"tokenizer {self.origin}: has no token {token!r}")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without beginning or end of sequence."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, without beginning or end of sequence."""
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, ids: Sequence[int], *, skip_specials: bool = True) -> str:
+        """The text of some ids; control tokens are left out unless asked for."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_specials)
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `Tokenizer.load` and `transformers.AutoTokenizer` load.
+
+        The loaded copy gives equal ids. A sentencepiece model that stood beside the loaded
+        tokenizer is copied too.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._library.save_pretrained(folder)
+        beside = Path(self.origin) / SENTENCEPIECE_FILE
+        if beside.is_file() and beside.parent.resolve() != folder.resolve():
+            shutil.copyfile(beside, folder / SENTENCEPIECE_FILE)
+
+
+def train_sentencepiece(
+    texts: Iterable[str], config: SentencePieceConfig, folder: Path
+) -> Tokenizer:
+    """Trains a sentencepiece unigram vocabulary and saves it as a fast tokenizer.
+
+    Texts are streamed; one thread and a fixed seed make the result a function of the texts. As in
+    OPT's own vocabulary a word carries its leading space, and no space is put in front of a text:
+    ` hello` and `hello` are different, and `decode(encode(text))` gives normalised text back.
+
+    Args:
+        texts: Training texts, markers included.
+        config: Size and control tokens.
+        folder: Where to save; loadable by `Tokenizer.load` and `transformers.AutoTokenizer`. The
+            sentencepiece model is kept beside as `sentencepiece.model`.
+
+    Raises:
+        DataError: There is no text.
+        ConfigError: The vocabulary does not fit the text, e.g. it asks for too many pieces.
+    """
+    proto = _train_unigram(texts, config)
+    _round_scores(proto)
+    library = PreTrainedTokenizerFast(
+        tokenizer_object=_to_fast(proto, config),
+        bos_token=config.bos_token,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save_pretrained(folder)
+    (folder / SENTENCEPIECE_FILE).write_bytes(proto.SerializeToString())
+    return Tokenizer.load(folder)
+
+
+def _load_folder(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises many types for a damaged folder
+        raise CheckpointError(
+            f"tokenizer {folder}: cannot be loaded ({_first_line(error)}): it must hold "
+            "tokenizer.json or the vocabulary files, and tokenizer_config.json"
+        ) from error
+
+
+def _download(name: str) -> Any:
+    if not hub_is_reachable():
+        raise CheckpointError(
+            f"tokenizer {name}: no such folder, not in the local cache, and the hub cannot be "
+            "reached from here: give a folder that holds tokenizer.json"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"tokenizer {name}: no such folder, not in the local cache, and not given by the hub "
+            f"({_first_line(error)}): give a folder that holds tokenizer.json"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
+    """Runs the sentencepiece trainer; returns its model as a protocol buffer."""
+    count = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal count
+        for text in texts:
+            count += 1
+            yield text
+
+    written = io.BytesIO()
+    sentencepiece.set_random_generator_seed(config.seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=counted(),
+            model_writer=written,
+            model_type="unigram",
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            user_defined_symbols=list(config.user_defined_symbols),
+            input_sentence_size=config.max_sentences,
+            shuffle_input_sentence=True,
+            max_sentence_length=config.max_sentence_bytes,
+            num_threads=1,
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        if not count:
+            raise DataError("tokenizer training: there is no text to train on") from error
+        reason = _SOURCE_PLACE.sub("", _first_line(error))
+        raise ConfigError(
+            f"tokenizer training: vocab_size {config.vocab_size} on {count} texts failed: {reason}"
+        ) from error
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(written.getvalue())
+    return proto
+
+
+def _round_scores(proto: Any) -> None:
+    """Rounds piece scores so that every sum of a text is exact in float32 and in float64.
+
+    Repeated letters have segmentations of equal score (`ha|haha`, `haha|ha`). sentencepiece adds in
+    float32 and the fast tokenizer in float64, so rounding errors would decide differently between
+    them. With exact sums both take the same one.
+    """
+    for piece in proto.pieces:
+        piece.score = round(piece.score * _SCORE_STEPS) / _SCORE_STEPS
+
+
+def _to_fast(proto: Any, config: SentencePieceConfig) -> Any:
+    """The fast tokenizer with the vocabulary, normalisation and segmentation of `proto`."""
+    control = ["<s>", "<pad>", "</s>", "<unk>"]
+    fast = tokenizers.Tokenizer(
+        models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=3)
+    )
+    fast.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    in_text = "|".join(token[1:] for token in control)
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # The characters of a control token never meet in one pre-token, so the model cannot
+            # match them against the vocabulary entry of that token.
+            pre_tokenizers.Split(tokenizers.Regex(f"<(?={in_text})"), behavior="isolated"),
+            pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True),
+        ]
+    )
+    fast.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in control]
+    )
+    fast.add_tokens(
+        [
+            tokenizers.AddedToken(symbol, special=False, normalized=False)
+            for symbol in config.user_defined_symbols
+        ]
+    )
+    if config.add_bos:
+        bos = config.bos_token
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, fast.token_to_id(bos))]
+        )
+    return fast

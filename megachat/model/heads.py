@@ -1,0 +1,113 @@
+"""The one place for what the last pipeline stage computes from the decoder's output."""
+
+import torch
+from torch import Tensor, nn
+
+from megachat.model import layers
+from megachat.model.config import Head, OptConfig
+from megachat.parallel.groups import ProcessGroups
+
+
+class OutputHead(nn.Module):
+    """Base of the heads: `project_out` where the embedding is narrower than the model."""
+
+    def __init__(
+        self, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+    ) -> None:
+        """Creates uninitialised parameters.
+
+        Args:
+            config: The architecture.
+            groups: Of the model.
+            dtype: Of the parameters.
+            sequence: Whether the decoder's output is cut along the sequence.
+        """
+        super().__init__()
+        self._tensor = groups.tensor
+        self._sequence = sequence
+        self.project_out: nn.Parameter | None = None
+        if config.has_projection:
+            self.project_out = layers.empty_parameter(config.embed_dim, config.hidden, dtype=dtype)
+            layers.mark_sequence_parallel(self.project_out, enabled=sequence)
+
+    def project(self, x: Tensor) -> Tensor:
+        """`[..., hidden]` to `[..., embed_dim]`."""
+        return x if self.project_out is None else nn.functional.linear(x, self.project_out)
+
+
+class LanguageModelHead(OutputHead):
+    """Logits with the tied word embedding, over this rank's part of the vocabulary."""
+
+    def __init__(
+        self, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+    ) -> None:
+        """Creates a copy of the word embedding where the first stage is another rank."""
+        super().__init__(config, groups=groups, dtype=dtype, sequence=sequence)
+        rows = config.padded_vocab(groups.layout.tensor) // groups.layout.tensor
+        self.word_embedding: nn.Parameter | None = None
+        if not groups.is_first_stage:
+            self.word_embedding = layers.empty_parameter(rows, config.embed_dim, dtype=dtype)
+        first_row = groups.coordinate.tensor * rows
+        self._real_rows = min(max(config.vocab_size - first_row, 0), rows)
+
+    def forward(self, x: Tensor, *, embedding: nn.Parameter | None) -> Tensor:
+        """Computes logits.
+
+        Args:
+            x: `[seq, batch, hidden]` (sequence shard where sequence parallel).
+            embedding: The first stage's `[padded_vocab/tp, embed_dim]`, where it is on this rank.
+
+        Returns:
+            `[batch, seq, padded_vocab/tp]`; padding columns hold the dtype's lowest number.
+        """
+        weight = embedding if self.word_embedding is None else self.word_embedding
+        assert weight is not None
+        x = self.project(x)
+        if self._sequence:
+            x = layers.gather_sequence(x, self._tensor, sum_gradients=True)
+        # Transposing here, before the widest product, makes the logits contiguous for the loss.
+        logits = layers.column_parallel_product(
+            x.transpose(0, 1).contiguous(),
+            weight,
+            self._tensor,
+            reduce_gradient=not self._sequence,
+        )
+        # Behind autograd's back: a softmax gives these columns probability and gradient zero, and
+        # an in-place write that it sees would copy the gradient of all logits.
+        logits.detach()[..., self._real_rows :].fill_(torch.finfo(logits.dtype).min)
+        return logits
+
+
+class ScalarHead(OutputHead):
+    """One fp32 number per position, as `OPTForSequenceClassification` computes its score."""
+
+    def __init__(
+        self, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+    ) -> None:
+        """Creates the score vector."""
+        super().__init__(config, groups=groups, dtype=dtype, sequence=sequence)
+        self.score = layers.empty_parameter(1, config.embed_dim, dtype=dtype)
+        layers.mark_sequence_parallel(self.score, enabled=sequence)
+
+    def forward(self, x: Tensor, *, embedding: nn.Parameter | None) -> Tensor:
+        """Computes scores.
+
+        Args:
+            x: `[seq, batch, hidden]` (sequence shard where sequence parallel).
+            embedding: Not used.
+
+        Returns:
+            `[batch, seq]` float32.
+        """
+        scores = nn.functional.linear(self.project(x).float(), self.score.float()).squeeze(-1)
+        if self._sequence:
+            scores = layers.gather_sequence(scores, self._tensor, sum_gradients=False)
+        return scores.transpose(0, 1).contiguous()
+
+
+def build_head(
+    head: Head, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+) -> OutputHead:
+    """The output module for a kind of head; see `OutputHead` for the arguments."""
+    kind: type[OutputHead] = LanguageModelHead if head is Head.LANGUAGE_MODEL else ScalarHead
+    return kind(config, groups=groups, dtype=dtype, sequence=sequence)

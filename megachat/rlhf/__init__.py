@@ -1,0 +1,1 @@
+"""Reinforcement learning from human feedback: objectives, rewards, advantages and PPO."""

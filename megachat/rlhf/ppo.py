@@ -1,0 +1,279 @@
+"""`PPOTrainer`: the two halves of a PPO step, `generate_experience` and `train_rlhf`.
+
+The paper's `DeepSpeedPPOTrainer`, for custom loops:
+
+    for prompts in prompt_loader:
+        experience = trainer.generate_experience(prompts)
+        for minibatch in trainer.minibatches(experience):
+            report = trainer.train_rlhf(minibatch)
+
+Experiences are global records: every rank holds all rows, so that whitening, KL control and reward
+statistics are plain arithmetic, equal everywhere and independent of the roles' layouts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megachat.generation.sampling import SamplingConfig
+from megachat.parallel.rng import generator_for, seed_for
+from megachat.records import Experience, PromptBatch, Rollout
+from megachat.rlhf.advantages import (
+    explained_variance,
+    generalized_advantages,
+    masked_mean,
+    whiten,
+)
+from megachat.rlhf.config import PpoConfig
+from megachat.rlhf.engine import RLHFEngine
+from megachat.rlhf.kl import KlController, create_kl_controller, estimate_kl
+from megachat.rlhf.objectives import PolicyObjective, ValueObjective
+from megachat.rlhf.rewards import RewardNormalizer, shape_rewards
+from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
+from megachat.telemetry.timers import PhaseTimers
+from megachat.training.engine import ForwardEngine
+from megachat.training.loss import LossTerms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStatistics:
+    """How a rollout of the actor looks to the reward model and the reference."""
+
+    scores: Tensor
+    """[batch] float32, raw scores of the reward model."""
+    log_ratios: Tensor
+    """[batch, response_len] float32, actor minus reference log-prob of each token; 0 beyond."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PpoReport:
+    """What one PPO update did."""
+
+    metrics: dict[str, float]
+    """Names as they are written: `ppo/policy_loss`, `ppo/clip_fraction`, ..."""
+    approx_kl: float
+    """Divergence of the updated policy from the one that sampled, nats per token."""
+
+
+class PPOTrainer:
+    """Proximal policy optimisation with KL-shaped rewards."""
+
+    def __init__(
+        self,
+        engine: RLHFEngine,
+        *,
+        config: PpoConfig,
+        sampling: SamplingConfig,
+        seed: int,
+        timers: PhaseTimers,
+    ) -> None:
+        """Starts with a fresh KL controller and reward normaliser.
+
+        Args:
+            engine: The four roles.
+            config: PPO's constants.
+            sampling: How responses are sampled; log-probs are taken at its temperature.
+            seed: Start of the sampling and shuffling streams.
+            timers: Where the phases of a step are measured.
+        """
+        self.engine = engine
+        self.config = config
+        self.sampling = sampling
+        self.normalizer = RewardNormalizer(config.reward.normalization)
+        self.kl_controller: KlController = create_kl_controller(config.kl)
+        self._seed = seed
+        self._timers = timers
+        self._iteration = 0
+        self.experience_metrics: dict[str, float] = {}
+        """Statistics of the latest experience, by the names they are written under."""
+
+    def calibrate(self, prompts: PromptBatch) -> None:
+        """Measures the scale of scores on the untrained actor's responses, if the mode needs it."""
+        if self.normalizer.needs_calibration:
+            seed = seed_for(self._seed, "calibration")
+            rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
+            self.normalizer.calibrate(self._scores(rollout))
+
+    def generate_experience(self, prompts: PromptBatch) -> Experience:
+        """Samples a response to every prompt and scores it with all four roles.
+
+        The statistics of the rollout are left in `experience_metrics`.
+        """
+        with self._timers.phase("generate"):
+            seed = seed_for(self._seed, "rollout", self._iteration)
+            rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
+        with self._timers.phase("score"):
+            logprobs = self._logprobs(self.engine.actor, rollout)
+            ref_logprobs = self._logprobs(self.engine.reference, rollout)
+            values = self._values(rollout)
+            scores = self._scores(rollout)
+        self._iteration += 1
+        return self._shape(
+            rollout, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores
+        )
+
+    def measure(self, rollout: Rollout) -> RolloutStatistics:
+        """Scores a rollout for evaluation; leaves every running statistic alone."""
+        logprobs = self._logprobs(self.engine.actor, rollout)
+        ref_logprobs = self._logprobs(self.engine.reference, rollout)
+        return RolloutStatistics(scores=self._scores(rollout), log_ratios=logprobs - ref_logprobs)
+
+    def minibatches(self, experience: Experience) -> Iterator[Experience]:
+        """The mini-batches of `config.epochs` passes, shuffled anew in each pass."""
+        rows = self.config.minibatch_rows(experience.num_rows)
+        for epoch in range(self.config.epochs):
+            generator = generator_for(self._seed, "minibatches", self._iteration, epoch)
+            for part in torch.randperm(experience.num_rows, generator=generator).view(-1, rows):
+                yield experience.select(part)
+
+    def train_rlhf(self, experience: Experience) -> PpoReport:
+        """One update of actor and critic on a mini-batch."""
+        actor, critic = self.engine.actor, self.engine.critic
+        with self._timers.phase("train actor"):
+            policy = actor.forward_backward(
+                experience,
+                PolicyObjective.for_batch(
+                    experience,
+                    self.config,
+                    temperature=self.sampling.temperature,
+                    group=actor.groups.tensor,
+                    vocab_start=actor.vocab_start,
+                ),
+            )
+            actor_step = actor.step()
+        with self._timers.phase("train critic"):
+            value = critic.forward_backward(
+                experience,
+                StandardizedValueObjective.on_scale_of(self.normalizer, experience, self.config),
+            )
+            critic_step = critic.step()
+        metrics = {
+            "ppo/policy_loss": policy.loss,
+            "ppo/value_loss": value.loss,
+            "ppo/actor_gradient_norm": actor_step.gradient_norm,
+            "ppo/critic_gradient_norm": critic_step.gradient_norm,
+            "ppo/actor_learning_rate": actor_step.learning_rate,
+            "ppo/critic_learning_rate": critic_step.learning_rate,
+        }
+        metrics |= {f"ppo/{name}": number for name, number in policy.metrics.items()}
+        metrics |= {f"ppo/{name}": number for name, number in value.metrics.items()}
+        return PpoReport(metrics=metrics, approx_kl=policy.metrics["approx_kl"])
+
+    def should_stop(self, report: PpoReport) -> bool:
+        """Whether the rest of this experience should be skipped: the policy has moved too far."""
+        return report.approx_kl > self.config.early_stop_kl
+
+    def _shape(
+        self,
+        rollout: Rollout,
+        *,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        values: Tensor,
+        scores: Tensor,
+    ) -> Experience:
+        """Rewards, advantages and returns, computed once per experience."""
+        config, mask = self.config, rollout.response_mask
+        standardized = self.normalizer.standardize(scores)
+        kl = estimate_kl(logprobs, ref_logprobs=ref_logprobs, estimator=config.kl.estimator)
+        rewards = shape_rewards(
+            scores=standardized,
+            kl=kl,
+            response_mask=mask,
+            finished=rollout.finished,
+            kl_coefficient=self.kl_controller.coefficient,
+            config=config.reward,
+        )
+        estimates = generalized_advantages(
+            rewards=rewards, values=values, response_mask=mask, gamma=config.gamma, lam=config.lam
+        )
+        mean_kl = float(masked_mean(logprobs - ref_logprobs, mask=mask))
+        gap = (logprobs - rollout.logprobs).abs()
+        self.experience_metrics = {
+            "rlhf/score": float(scores.mean()),
+            "rlhf/standardized_score": float(standardized.mean()),
+            "rlhf/reward": float(rewards.sum(dim=1).mean()),
+            "rlhf/kl": mean_kl,
+            "rlhf/kl_coefficient": self.kl_controller.coefficient,
+            "rlhf/response_length": float(rollout.response_lengths.float().mean()),
+            "rlhf/finished_share": float(rollout.finished.float().mean()),
+            "rlhf/value_mean": float(masked_mean(values, mask=mask)),
+            "rlhf/explained_variance": float(
+                explained_variance(values, returns=estimates.returns, mask=mask)
+            ),
+            "rlhf/rollout_logprob_gap": float(gap.max()) if gap.numel() else 0.0,
+        }
+        self.kl_controller.update(mean_kl, num_samples=rollout.num_rows)
+        return Experience(
+            tokens=rollout.tokens,
+            lengths=rollout.lengths,
+            prompt_lengths=rollout.prompt_lengths,
+            response_mask=mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            advantages=whiten(estimates.advantages, mask=mask, whitening=config.whitening),
+            returns=estimates.returns,
+            scores=scores,
+            finished=rollout.finished,
+        )
+
+    def _logprobs(self, engine: ForwardEngine, rollout: Rollout) -> Tensor:
+        """`[batch, response_len]` log-probs of the response tokens under a policy."""
+        return engine.score(
+            rollout,
+            ResponseLogprobs(
+                response_len=rollout.logprobs.shape[1],
+                temperature=self.sampling.temperature,
+                group=engine.groups.tensor,
+                vocab_start=engine.vocab_start,
+            ),
+        )
+
+    def _values(self, rollout: Rollout) -> Tensor:
+        """`[batch, response_len]` values on the standardised scale, 0 where masked."""
+        raw = self.engine.critic.score(
+            rollout, ResponseValues(response_len=rollout.logprobs.shape[1])
+        )
+        standardized = (raw - self.normalizer.mean) / self.normalizer.std
+        return standardized.masked_fill(~rollout.response_mask, 0.0)
+
+    def _scores(self, rollout: Rollout) -> Tensor:
+        """`[batch]` raw scores of the reward model."""
+        return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
+
+
+class StandardizedValueObjective(ValueObjective):
+    """The value loss of a critic whose raw output is on the reward model's scale.
+
+    The critic starts as a copy of the reward model; shifting and scaling its output like the
+    scores makes it start as a prediction of the standardised outcome.
+    """
+
+    def __init__(
+        self, config: PpoConfig, *, num_tokens: float | Tensor, mean: float = 0.0, std: float = 1.0
+    ) -> None:
+        """Fixes the denominator and the scale.
+
+        Args:
+            config: Clip ranges and coefficients.
+            num_tokens: Number of response tokens in the global mini-batch.
+            mean: Subtracted from the critic's output.
+            std: What the difference is divided by.
+        """
+        super().__init__(config, num_tokens=num_tokens)
+        self._mean, self._std = mean, std
+
+    @classmethod
+    def on_scale_of(
+        cls, normalizer: RewardNormalizer, batch: Experience, config: PpoConfig
+    ) -> "StandardizedValueObjective":
+        """The objective of a global mini-batch on the present scale of the scores."""
+        num_tokens = batch.response_mask.sum().clamp(min=1).float()
+        return cls(config, num_tokens=num_tokens, mean=normalizer.mean, std=normalizer.std)
+
+    def __call__(self, output: Tensor, batch: Experience, row_weights: Tensor) -> LossTerms:
+        """As `ValueObjective`, on the standardised output."""
+        return super().__call__((output - self._mean) / self._std, batch, row_weights)

@@ -1,0 +1,75 @@
+"""The one place for what the four roles say about a rollout, as functions that engines run."""
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megachat.records import Rollout
+from megachat.rlhf.objectives import final_scores, response_logprobs, response_values
+
+
+class _RolloutScore:
+    """What the score functions of rollouts share: their rows."""
+
+    def model_input(self, batch: Rollout) -> Tensor:
+        """Prompt and response, `[batch, seq]`."""
+        return batch.tokens
+
+    def row_lengths(self, batch: Rollout) -> Tensor:
+        """Prompt and response tokens per row, `[batch]`."""
+        return batch.lengths
+
+
+class ResponseLogprobs(_RolloutScore):
+    """Log-probability of each response token: actor and reference."""
+
+    def __init__(
+        self, *, response_len: int, temperature: float, group: ProcessGroup, vocab_start: int
+    ) -> None:
+        """Fixes where this rank's vocabulary slice lies.
+
+        Args:
+            response_len: Response columns of the rollout.
+            temperature: The temperature the responses were sampled at.
+            group: Ranks that share the vocabulary.
+            vocab_start: First vocabulary id of this rank's slice of the logits.
+        """
+        self.columns = response_len
+        self._temperature = temperature
+        self._group = group
+        self._vocab_start = vocab_start
+
+    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+        """`[batch, response_len]` float32, 0 beyond the response."""
+        return response_logprobs(
+            output,
+            tokens=batch.tokens,
+            prompt_lengths=batch.prompt_lengths,
+            response_mask=batch.response_mask,
+            group=self._group,
+            vocab_start=self._vocab_start,
+            temperature=self._temperature,
+        )
+
+
+class ResponseValues(_RolloutScore):
+    """The critic's raw output for the state in which each response token is chosen."""
+
+    def __init__(self, *, response_len: int) -> None:
+        """Fixes the number of response columns."""
+        self.columns = response_len
+
+    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+        """`[batch, response_len]` float32, 0 beyond the response."""
+        return response_values(
+            output, prompt_lengths=batch.prompt_lengths, response_mask=batch.response_mask
+        )
+
+
+class FinalScores(_RolloutScore):
+    """The reward model's score of the whole row, at its last real token."""
+
+    columns = 1
+
+    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+        """`[batch, 1]` float32."""
+        return final_scores(output, lengths=batch.lengths)[:, None]

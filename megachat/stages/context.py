@@ -1,0 +1,115 @@
+"""The one place for what all stages of a run share: worker, folders, tokenizer, process groups."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megachat.data.config import Stage
+from megachat.data.tokenizer import Tokenizer
+from megachat.errors import ConfigError
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.launch import Worker
+from megachat.parallel.layout import ParallelLayout
+from megachat.stages.config import RoleSection, RunConfig
+from megachat.stages.results import MODEL_FOLDER, fingerprint
+from megachat.telemetry.metrics import MetricsWriter, NullMetricsWriter, open_metrics
+from megachat.telemetry.timers import PhaseTimers
+
+STAGE_TITLES: Mapping[Stage, str] = {
+    Stage.SFT: "Supervised fine-tuning",
+    Stage.REWARD: "Reward model",
+    Stage.PROMPTS: "PPO",
+}
+STAGE_FOLDERS: Mapping[Stage, str] = {
+    Stage.SFT: "sft",
+    Stage.REWARD: "reward",
+    Stage.PROMPTS: "rlhf",
+}
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a stage gets to work with; equal on every rank but for `worker`."""
+
+    config: RunConfig
+    worker: Worker
+    tokenizer: Tokenizer
+    _groups: dict[ParallelLayout, ProcessGroups] = field(default_factory=dict)
+
+    def groups(self, role: RoleSection) -> ProcessGroups:
+        """The communicators of a role, created once per layout; a collective call."""
+        layout = role.layout(self.worker.world_size)
+        if layout not in self._groups:
+            self._groups[layout] = ProcessGroups.create(layout)
+        return self._groups[layout]
+
+    def folder(self, stage: Stage) -> Path:
+        """Where a stage keeps its metrics, model and result."""
+        return stage_folder(self.config, stage)
+
+    def model_folder(self, stage: Stage) -> Path:
+        """Where a stage leaves its HuggingFace model."""
+        return self.folder(stage) / MODEL_FOLDER
+
+    def open_metrics(self, stage: Stage) -> MetricsWriter | NullMetricsWriter:
+        """The metrics writer of a stage: real on rank 0, silent elsewhere."""
+        return open_metrics(self.folder(stage), rank=self.worker.rank)
+
+    def timers(self) -> PhaseTimers:
+        """Phase timers that wait for this worker's device."""
+        if self.worker.device.type == "cuda":
+            return PhaseTimers(synchronize=torch.cuda.synchronize)
+        return PhaseTimers()
+
+
+def stage_folder(config: RunConfig, stage: Stage) -> Path:
+    """Where a stage keeps its metrics, model and result."""
+    return config.run.output / STAGE_FOLDERS[stage]
+
+
+def tokenizer_folder(config: RunConfig) -> Path:
+    """Where the run keeps the tokenizer that all its models share."""
+    return config.run.output / TOKENIZER_FOLDER
+
+
+def stage_fingerprint(config: RunConfig, stage: Stage) -> str:
+    """Hash of everything that determines a stage's output: its own settings and its inputs'.
+
+    How the work is cut over processes and micro-batches does not count: it changes rounding only.
+    """
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    for role in tree["models"].values():
+        for key in ("tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch_rows"):
+            del role[key]
+    del tree["data"]["cache_dir"]
+    parts = {key: tree[key] for key in ("tokenizer", "data")}
+    parts |= {"seed": tree["run"]["seed"], "actor": tree["models"]["actor"], "sft": tree["sft"]}
+    if stage is not Stage.SFT:
+        parts |= {"reward_role": tree["models"]["reward"], "reward": tree["reward"]}
+    if stage is Stage.PROMPTS:
+        parts |= {"rlhf": tree["rlhf"]}
+    return fingerprint(parts)
+
+
+def prepare_output(config: RunConfig) -> None:
+    """Makes the run folder and the stage folders, so that nothing starts that cannot be written.
+
+    Raises:
+        ConfigError: The folder cannot be made or written.
+    """
+    output = config.run.output
+    try:
+        for stage in Stage:
+            stage_folder(config, stage).mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run.output {output}: cannot write there ({error.strerror}): choose another folder"
+        ) from error

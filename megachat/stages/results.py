@@ -1,0 +1,87 @@
+"""The one place for what a stage leaves behind: its result file, by which a run can skip it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megachat.errors import CheckpointError, ConfigError
+
+RESULT_FILE = "result.json"
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """One held-out prompt and what the policy made of it."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult:
+    """The outcome of a completed stage."""
+
+    fingerprint: str
+    """Of the configuration that determined it."""
+    seconds: float
+    metrics: dict[str, float]
+    """Figures for the summary, by name."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    replies: list[Reply] = field(default_factory=list)
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Hash of the configuration values that determine a stage's output."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically: a reader sees the old file or the new one.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def write_result(folder: Path, result: StageResult) -> None:
+    """Leaves a stage's result; the last thing a stage does."""
+    write_json(folder / RESULT_FILE, asdict(result))
+
+
+def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | None:
+    """The result of a completed stage, or None where the stage has not completed.
+
+    Raises:
+        CheckpointError: The file is not a result.
+        ConfigError: The stage was completed under another configuration.
+    """
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        replies = [Reply(**reply) for reply in values.pop("replies")]
+        result = StageResult(replies=replies, **values)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a stage result ({error}): delete the folder {folder} to run it again"
+        ) from error
+    if result.fingerprint != expected_fingerprint:
+        raise ConfigError(
+            f"{folder}: completed under another configuration ({result.fingerprint}, now "
+            f"{expected_fingerprint}): choose another run.output or delete the folder"
+        )
+    return result

@@ -1,0 +1,161 @@
+"""Step 3, PPO: the actor learns to say what the reward model likes, close to the reference."""
+
+import time
+from dataclasses import asdict
+
+from megachat.checkpoint.huggingface import save_huggingface
+from megachat.data.config import Stage
+from megachat.data.loaders import LoaderOptions, PromptLoader, endless
+from megachat.data.stage_data import build_stage_data
+from megachat.generation.generator import Generator
+from megachat.model.config import Head
+from megachat.parallel.rng import seed_for
+from megachat.records import PromptBatch
+from megachat.rlhf.engine import RLHFEngine
+from megachat.rlhf.ppo import PPOTrainer
+from megachat.stages.config import RoleSection
+from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.evaluation import (
+    PolicyEvaluation,
+    compare,
+    create_judge,
+    evaluate_policy,
+)
+from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.results import Reply, StageResult, write_json
+from megachat.stages.roles import load_model
+from megachat.telemetry.metrics import MetricsSink
+from megachat.telemetry.progress import StageProgress
+from megachat.training.engine import ForwardEngine, TrainEngine
+
+
+def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
+    """Trains the actor with PPO, compares it with its start and exports it."""
+    started = time.monotonic()
+    config = context.config.rlhf
+    judge = create_judge(config.judge)
+    data = build_stage_data(context.config.data, stage=Stage.PROMPTS, tokenizer=context.tokenizer)
+    loader = PromptLoader(
+        data.train, LoaderOptions(batch_size=config.batch_prompts, seed=context.config.run.seed)
+    )
+    held_out = held_out_batches(PromptLoader, data.validation, count=config.evaluation_rows)
+    num_steps = config.num_steps(len(loader))
+    timers = context.timers()
+    trainer = PPOTrainer(
+        build_engine(context, num_updates=num_steps * config.ppo.epochs * config.ppo.minibatches),
+        config=config.ppo,
+        sampling=config.sampling,
+        seed=seed_for(context.config.run.seed, Stage.PROMPTS),
+        timers=timers,
+    )
+
+    def evaluate() -> PolicyEvaluation:
+        return evaluate_policy(
+            trainer,
+            held_out,
+            tokenizer=context.tokenizer,
+            judge=judge,
+            seed=context.config.run.seed,
+        )
+
+    with (
+        context.open_metrics(Stage.PROMPTS) as metrics,
+        StageProgress(
+            progress_title, total=num_steps, show=("rlhf/score", "rlhf/kl", "ppo/clip_fraction")
+        ) as progress,
+    ):
+        with timers.phase("evaluate"):
+            before = evaluate()
+        trainer.calibrate(next(iter(loader)))
+        for step, prompts in zip(range(num_steps), endless(loader), strict=False):
+            progress.advance(ppo_step(trainer, prompts, step=step, metrics=metrics))
+        with timers.phase("evaluate"):
+            after = evaluate()
+    with timers.phase("save"):
+        save_huggingface(
+            trainer.engine.actor.model,
+            context.model_folder(Stage.PROMPTS),
+            extra_files=export_files(context.config),
+        )
+    figures = compare(before, after, judge=judge, seed=context.config.run.seed)
+    if context.worker.rank == 0:
+        folder = context.folder(Stage.PROMPTS)
+        write_json(folder / "held_out.json", {"before": asdict(before), "after": asdict(after)})
+    return StageResult(
+        fingerprint=stage_fingerprint(context.config, Stage.PROMPTS),
+        seconds=time.monotonic() - started,
+        metrics={**figures, "steps": num_steps},
+        phase_seconds=timers.self_totals(),
+        replies=_replies(before, after, count=config.samples),
+    )
+
+
+def ppo_step(
+    trainer: PPOTrainer, prompts: PromptBatch, *, step: int, metrics: MetricsSink
+) -> dict[str, float]:
+    """One generation phase and the updates on it; returns what was written."""
+    started = time.monotonic()
+    experience = trainer.generate_experience(prompts)
+    values = dict(trainer.experience_metrics)
+    for minibatch in trainer.minibatches(experience):
+        report = trainer.train_rlhf(minibatch)
+        values |= report.metrics
+        if trainer.should_stop(report):
+            break
+    seconds = time.monotonic() - started
+    values["perf/step_seconds"] = seconds
+    values["perf/response_tokens_per_second"] = float(experience.response_mask.sum()) / seconds
+    metrics.write(step, values)
+    return values
+
+
+def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
+    """The four roles, from the outputs of the first two stages."""
+    config, models = context.config.rlhf, context.config.models
+    seed = seed_for(context.config.run.seed, Stage.PROMPTS)
+    sft, reward = context.model_folder(Stage.SFT), context.model_folder(Stage.REWARD)
+
+    def forward_engine(role: RoleSection, stage: Stage, head: Head) -> ForwardEngine:
+        folder = context.model_folder(stage)
+        model = load_model(context, role, folder, head=head, options=role.options())
+        return ForwardEngine(model, micro_batch_rows=role.micro_batch_rows)
+
+    actor = load_model(
+        context, models.actor, sft, head=Head.LANGUAGE_MODEL, options=models.actor.options()
+    )
+    critic = load_model(
+        context, models.reward, reward, head=Head.SCALAR, options=models.reward.options()
+    )
+    tokenizer = context.tokenizer
+    return RLHFEngine(
+        actor=TrainEngine(
+            actor,
+            micro_batch_rows=models.actor.micro_batch_rows,
+            optimizer=config.actor_optimizer,
+            total_steps=num_updates,
+            seed=seed,
+        ),
+        generator=Generator(
+            actor,
+            stop_ids=(tokenizer.eos_id,),
+            suppressed_ids=[i for i in tokenizer.special_ids if i != tokenizer.eos_id],
+        ),
+        critic=TrainEngine(
+            critic,
+            micro_batch_rows=models.reward.micro_batch_rows,
+            optimizer=config.critic_optimizer,
+            total_steps=num_updates,
+            seed=seed,
+        ),
+        reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
+        reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
+    )
+
+
+def _replies(before: PolicyEvaluation, after: PolicyEvaluation, *, count: int) -> list[Reply]:
+    """The first held-out prompts with both replies."""
+    rows = zip(before.prompts, before.replies, after.replies, strict=True)
+    return [
+        Reply(prompt=prompt, before=first, after=second)
+        for _, (prompt, first, second) in zip(range(count), rows, strict=False)
+    ]

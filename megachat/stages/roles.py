@@ -1,0 +1,69 @@
+"""The one place that turns a role's configuration into a model on this rank."""
+
+from pathlib import Path
+
+from megachat.checkpoint.hub import local_folder
+from megachat.checkpoint.huggingface import MissingHead, load_huggingface, read_config
+from megachat.model.config import Head, ModelOptions, OptConfig
+from megachat.model.opt import OptModel
+from megachat.parallel.rng import seed_for
+from megachat.stages.config import RoleSection
+from megachat.stages.context import RunContext
+
+
+def opt_config(context: RunContext, role: RoleSection) -> OptConfig:
+    """The architecture that a role starts from (not for `model = "sft"`).
+
+    Raises:
+        CheckpointError: The model's folder is not an OPT.
+        ConfigError: The shape describes no transformer.
+    """
+    if role.shape is None:
+        assert role.model is not None, "a role has a model or a shape"
+        return read_config(local_folder(role.model))
+    tokenizer = context.tokenizer
+    return role.shape.opt_config(
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def start_model(
+    context: RunContext, role: RoleSection, *, head: Head, options: ModelOptions
+) -> OptModel:
+    """A model with the weights that a role starts training from."""
+    if role.shape is None:
+        assert role.model is not None, "a role has a model or a shape"
+        return load_model(context, role, local_folder(role.model), head=head, options=options)
+    return OptModel(
+        opt_config(context, role),
+        groups=context.groups(role),
+        head=head,
+        options=options,
+        seed=seed_for(context.config.run.seed, "init", head),
+    ).to(context.worker.device)
+
+
+def load_model(
+    context: RunContext, role: RoleSection, folder: Path, *, head: Head, options: ModelOptions
+) -> OptModel:
+    """A model with the weights of a HuggingFace folder, cut for a role's layout.
+
+    A scalar head that the folder lacks starts at random.
+    """
+    model = OptModel(
+        read_config(folder),
+        groups=context.groups(role),
+        head=head,
+        options=options,
+        seed=None,
+    ).to(context.worker.device)
+    load_huggingface(
+        model,
+        folder,
+        missing_head=MissingHead.INITIALISE,
+        seed=seed_for(context.config.run.seed, "init", head),
+    )
+    return model

@@ -1,0 +1,114 @@
+"""The run: the stages that are asked for, in order, each skipped where its output is complete."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from megachat.checkpoint.hub import local_folder
+from megachat.checkpoint.huggingface import is_complete
+from megachat.data.config import Stage
+from megachat.data.stage_data import training_texts
+from megachat.data.tokenizer import Tokenizer, train_sentencepiece
+from megachat.errors import CheckpointError
+from megachat.parallel.collectives import barrier
+from megachat.parallel.launch import Worker
+from megachat.stages.config import RunConfig
+from megachat.stages.context import (
+    STAGE_TITLES,
+    RunContext,
+    prepare_output,
+    stage_fingerprint,
+    stage_folder,
+    tokenizer_folder,
+)
+from megachat.stages.results import MODEL_FOLDER, StageResult, read_result, write_json, write_result
+from megachat.stages.reward import run_reward
+from megachat.stages.rlhf import run_rlhf
+from megachat.stages.sft import run_sft
+from megachat.stages.summary import write_run_report
+from megachat.telemetry.log import set_up_logging
+
+logger = logging.getLogger(__name__)
+
+_RUNNERS: Mapping[Stage, Callable[[RunContext, str], StageResult]] = {
+    Stage.SFT: run_sft,
+    Stage.REWARD: run_reward,
+    Stage.PROMPTS: run_rlhf,
+}
+
+
+def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], command: str) -> None:
+    """Runs stages on this rank; all ranks call it alike.
+
+    Args:
+        worker: This rank.
+        config: The run.
+        stages: What to do, in order; stages before the first must be complete.
+        command: The command line, for the report.
+    """
+    started = time.monotonic()
+    prepare_output(config)
+    set_up_logging(config.run.output / "logs", rank=worker.rank)
+    if worker.rank == 0:
+        write_json(config.run.output / "config.json", config.model_dump(mode="json"))
+    _require_inputs(config, stages[0])
+    context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(worker, config))
+    for number, stage in enumerate(stages, start=1):
+        title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
+        if completed(config, stage) is not None:
+            logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
+            continue
+        result = _RUNNERS[stage](context, title)
+        if worker.rank == 0:
+            write_result(context.folder(stage), result)
+        barrier()
+    if worker.rank == 0:
+        write_run_report(config, command=command, duration_s=time.monotonic() - started)
+    barrier()
+
+
+def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
+    """The tokenizer in the run folder, trained or copied there by the first rank to arrive.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be found.
+        DataError: There is nothing to train it on, or it breaks a rule.
+    """
+    folder = tokenizer_folder(config)
+    if worker.rank == 0 and not (folder / "tokenizer.json").is_file():
+        section = config.tokenizer
+        if section.train is not None:
+            logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
+            train_sentencepiece(training_texts(config.data), section.train, folder)
+        else:
+            source = section.path or str(local_folder(config.models.actor.model or ""))
+            Tokenizer.load(source).save(folder)
+    barrier()
+    return Tokenizer.load(folder)
+
+
+def completed(config: RunConfig, stage: Stage) -> StageResult | None:
+    """The result of a stage whose outputs are all there, else None.
+
+    Raises:
+        ConfigError: It was completed under another configuration.
+    """
+    folder = stage_folder(config, stage)
+    result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
+    return result if is_complete(folder / MODEL_FOLDER) else None
+
+
+def _require_inputs(config: RunConfig, first: Stage) -> None:
+    """Checks that the stages before the first one to run have left their models.
+
+    Raises:
+        CheckpointError: One of them has not.
+    """
+    for stage in Stage:
+        if stage is first:
+            return
+        if completed(config, stage) is None:
+            raise CheckpointError(
+                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
+                f"incomplete, and stage '{first}' needs it: run that stage first"
+            )

@@ -1,0 +1,86 @@
+"""Step 1, supervised fine-tuning: next-token training on the answers people gave."""
+
+import math
+import time
+from collections.abc import Iterable
+
+from megachat.checkpoint.huggingface import save_huggingface
+from megachat.data.config import Stage
+from megachat.data.loaders import LoaderOptions, SftLoader, endless
+from megachat.data.stage_data import build_stage_data
+from megachat.model.config import Head
+from megachat.parallel.rng import seed_for
+from megachat.records import SftBatch
+from megachat.rlhf.objectives import SftObjective
+from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.results import StageResult
+from megachat.stages.roles import start_model
+from megachat.telemetry.progress import StageProgress
+from megachat.training.engine import ForwardEngine, TrainEngine
+
+
+def run_sft(context: RunContext, progress_title: str) -> StageResult:
+    """Trains the supervised model and exports it as a HuggingFace folder."""
+    started = time.monotonic()
+    config, role = context.config.sft, context.config.models.actor
+    data = build_stage_data(context.config.data, stage=Stage.SFT, tokenizer=context.tokenizer)
+    loader = SftLoader(
+        data.train,
+        LoaderOptions(
+            batch_size=config.batch_rows,
+            seed=context.config.run.seed,
+            bucket_window=config.bucket_window,
+        ),
+    )
+    held_out = held_out_batches(SftLoader, data.validation, count=config.evaluation_rows)
+    options = role.options(dropout=config.dropout, attention_dropout=config.attention_dropout)
+    model = start_model(context, role, head=Head.LANGUAGE_MODEL, options=options)
+    num_steps = config.num_steps(len(loader))
+    engine = TrainEngine(
+        model,
+        micro_batch_rows=role.micro_batch_rows,
+        optimizer=config.optimizer,
+        total_steps=num_steps,
+        seed=seed_for(context.config.run.seed, Stage.SFT),
+    )
+    before = perplexity(engine, held_out)
+    with (
+        context.open_metrics(Stage.SFT) as metrics,
+        StageProgress(progress_title, total=num_steps) as progress,
+    ):
+        for step, batch in zip(range(num_steps), endless(loader), strict=False):
+            report = engine.forward_backward(batch, _objective(engine, batch))
+            update = engine.step()
+            values = {
+                "sft/loss": report.loss,
+                "sft/token_accuracy": report.metrics["token_accuracy"],
+                "sft/gradient_norm": update.gradient_norm,
+                "sft/learning_rate": update.learning_rate,
+            }
+            metrics.write(step, values)
+            progress.advance(values)
+        after = perplexity(engine, held_out)
+        metrics.write(num_steps, {"sft/perplexity": after})
+    save_huggingface(
+        model, context.model_folder(Stage.SFT), extra_files=export_files(context.config)
+    )
+    return StageResult(
+        fingerprint=stage_fingerprint(context.config, Stage.SFT),
+        seconds=time.monotonic() - started,
+        metrics={"perplexity_before": before, "perplexity_after": after, "steps": num_steps},
+    )
+
+
+def perplexity(engine: ForwardEngine, batches: Iterable[SftBatch]) -> float:
+    """Exp of the mean negative log-likelihood over all target tokens of the batches."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        num_targets = int(batch.loss_mask[:, 1:].sum())
+        total += engine.evaluate(batch, _objective(engine, batch)).loss * num_targets
+        tokens += num_targets
+    return math.exp(total / tokens) if tokens else math.nan
+
+
+def _objective(engine: ForwardEngine, batch: SftBatch) -> SftObjective:
+    return SftObjective.for_batch(batch, group=engine.groups.tensor, vocab_start=engine.vocab_start)

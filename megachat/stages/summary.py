@@ -1,0 +1,202 @@
+"""The one place that tells a person what a run did: closing summary and report."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+
+from megachat.data.config import Stage
+from megachat.stages.config import RunConfig
+from megachat.stages.context import (
+    STAGE_FOLDERS,
+    STAGE_TITLES,
+    stage_fingerprint,
+    stage_folder,
+)
+from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
+from megachat.telemetry.log import active_console
+from megachat.telemetry.progress import format_duration
+from megachat.telemetry.report import Chart, Highlight, RunSummary, Sample, Table, write_report
+
+logger = logging.getLogger(__name__)
+
+_CHARTS = (
+    Chart(stage="sft", title="Loss", metrics=("sft/loss",)),
+    Chart(stage="sft", title="Token accuracy", metrics=("sft/token_accuracy",)),
+    Chart(stage="reward", title="Loss", metrics=("reward/loss",)),
+    Chart(stage="reward", title="Accuracy", metrics=("reward/accuracy",)),
+    Chart(stage="rlhf", title="Score of the reward model", metrics=("rlhf/score",)),
+    Chart(stage="rlhf", title="KL to the reference (nats per token)", metrics=("rlhf/kl",)),
+    Chart(stage="rlhf", title="KL coefficient", metrics=("rlhf/kl_coefficient",)),
+    Chart(stage="rlhf", title="Losses", metrics=("ppo/policy_loss", "ppo/value_loss")),
+    Chart(
+        stage="rlhf",
+        title="Clip fractions",
+        metrics=("ppo/clip_fraction", "ppo/value_clip_fraction"),
+    ),
+    Chart(stage="rlhf", title="Entropy", metrics=("ppo/entropy",)),
+    Chart(stage="rlhf", title="Explained variance", metrics=("rlhf/explained_variance",)),
+    Chart(stage="rlhf", title="Response length", metrics=("rlhf/response_length",)),
+)
+
+
+def write_run_report(config: RunConfig, *, command: str, duration_s: float) -> None:
+    """Writes the report of all completed stages and shows the closing summary on the console."""
+    results = {stage: _result(config, stage) for stage in Stage}
+    done = {stage: result for stage, result in results.items() if result is not None}
+    rlhf = done.get(Stage.PROMPTS)
+    summary = RunSummary(
+        title=config.run.title,
+        command=command,
+        duration_s=duration_s,
+        highlights=list(_highlights(done)),
+        tables=[table for table in (_stage_table(done), _policy_table(rlhf)) if table is not None],
+        samples=[
+            Sample(prompt=reply.prompt, before=reply.before, after=reply.after)
+            for reply in (rlhf.replies if rlhf is not None else [])
+        ],
+        phase_seconds=rlhf.phase_seconds if rlhf is not None else {},
+        charts=_CHARTS,
+        stage_titles={STAGE_FOLDERS[stage]: title for stage, title in STAGE_TITLES.items()},
+        configuration=config.model_dump(mode="json"),
+        paths={
+            "run folder": config.run.output,
+            **{
+                f"model after {STAGE_TITLES[stage]}": stage_folder(config, stage) / MODEL_FOLDER
+                for stage in done
+            },
+        },
+    )
+    files = write_report(config.run.output, summary)
+    for line in summary_lines(summary):
+        logger.info("%s", line)
+    logger.info("report: %s", files.html)
+    console = active_console()
+    if console is not None:
+        console.rule()
+
+
+def summary_lines(summary: RunSummary) -> Iterator[str]:
+    """The closing summary as plain lines."""
+    yield f"{summary.title}: done in {format_duration(summary.duration_s)}"
+    for table in summary.tables:
+        yield ""
+        yield from _table_lines(table)
+    for sample in summary.samples:
+        yield ""
+        yield f"prompt  {sample.prompt}"
+        yield f"before  {sample.before}"
+        yield f"after   {sample.after}"
+    if summary.phase_seconds:
+        yield ""
+        total = math.fsum(summary.phase_seconds.values())
+        for name, seconds in sorted(summary.phase_seconds.items(), key=lambda item: -item[1]):
+            yield f"{name:14}{seconds:8.1f} s {100 * seconds / total:5.1f} %"
+    yield ""
+    for name, path in summary.paths.items():
+        yield f"{name}: {path}"
+
+
+def _table_lines(table: Table) -> Iterator[str]:
+    """A table in aligned columns under its title."""
+    rows: list[Sequence[str]] = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    yield table.title
+    for row in rows:
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(["  " + first, *rest])
+
+
+def _result(config: RunConfig, stage: Stage) -> StageResult | None:
+    return read_result(
+        stage_folder(config, stage), expected_fingerprint=stage_fingerprint(config, stage)
+    )
+
+
+def _highlights(done: dict[Stage, StageResult]) -> Iterator[Highlight]:
+    """The figures a reader should see first."""
+    if Stage.SFT in done:
+        values = done[Stage.SFT].metrics
+        yield Highlight(
+            label="SFT perplexity",
+            value=f"{values['perplexity_after']:.1f}",
+            note=f"from {values['perplexity_before']:.1f}, held-out",
+        )
+    if Stage.REWARD in done:
+        values = done[Stage.REWARD].metrics
+        yield Highlight(
+            label="Reward accuracy", value=f"{values['accuracy']:.1%}", note="held-out pairs"
+        )
+    if Stage.PROMPTS in done:
+        values = done[Stage.PROMPTS].metrics
+        yield Highlight(
+            label="Score gain",
+            value=f"{values['score_gain_in_std']:+.2f} SD",
+            note="in standard deviations of the SFT replies' scores",
+        )
+        yield Highlight(label="KL to reference", value=f"{values['kl']:.3f}", note="nats per token")
+        if "truth_gain" in values:
+            yield Highlight(
+                label="Ground truth gain",
+                value=f"{values['truth_gain']:+.3f}",
+                note=f"95 % interval {values['truth_gain_low']:.3f} "
+                f"to {values['truth_gain_high']:.3f}",
+            )
+
+
+def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
+    """What each stage took and reached."""
+    if not done:
+        return None
+    reached = {
+        Stage.SFT: lambda m: (
+            f"perplexity {m['perplexity_before']:.1f} -> {m['perplexity_after']:.1f}"
+        ),
+        Stage.REWARD: lambda m: (
+            f"held-out pairs {m['accuracy']:.1%} right, margin {m['margin']:.2f}"
+        ),
+        Stage.PROMPTS: lambda m: f"score {m['score_before']:.2f} -> {m['score_after']:.2f}",
+    }
+    return Table(
+        title="Stages",
+        header=("stage", "steps", "time", "reached"),
+        rows=[
+            (
+                STAGE_TITLES[stage],
+                f"{result.metrics['steps']:.0f}",
+                format_duration(result.seconds),
+                reached[stage](result.metrics),
+            )
+            for stage, result in done.items()
+        ],
+    )
+
+
+def _policy_table(result: StageResult | None) -> Table | None:
+    """Held-out prompts at temperature 1, before and after PPO."""
+    if result is None:
+        return None
+    values = result.metrics
+    rows = [
+        ("mean score of the reward model", values["score_before"], values["score_after"]),
+        ("distinct-2 of the replies", values["distinct2_before"], values["distinct2_after"]),
+        ("replies that end by themselves", values["finished_before"], values["finished_after"]),
+        ("tokens per reply", values["tokens_before"], values["tokens_after"]),
+        ("KL to the reference, nats/token", 0.0, values["kl"]),
+    ]
+    if "truth_gain" in values:
+        rows[1:1] = [("ground-truth score", values["truth_before"], values["truth_after"])]
+        rows.append(
+            (
+                "share of positive words",
+                values["positive_share_before"],
+                values["positive_share_after"],
+            )
+        )
+    return Table(
+        title="Held-out prompts, temperature 1",
+        header=("", "before PPO", "after PPO"),
+        rows=[(name, f"{before:.3f}", f"{after:.3f}") for name, before, after in rows],
+    )

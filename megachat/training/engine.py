@@ -1,0 +1,325 @@
+"""The one place that runs models over batches: megatron-core's schedules on explicit groups.
+
+`ForwardEngine` evaluates and scores; `TrainEngine` also trains, with ZeRO-1. Both take *global*
+batches: each data rank runs its rows, and results are global on every rank, whatever the layout.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from torch import Tensor
+
+from megachat.model.opt import OptModel
+from megachat.parallel.collectives import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    broadcast,
+)
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.rng import seed_for
+from megachat.records import Batch
+from megachat.training.loss import LossFunction
+from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
+from megachat.training.schedules import OptimizerConfig, learning_rate
+from megachat.training.zero1 import StepReport, Zero1Optimizer
+
+BatchT = TypeVar("BatchT", bound=Batch)
+BatchT_contra = TypeVar("BatchT_contra", bound=Batch, contravariant=True)
+
+
+class ScoreFunction(Protocol[BatchT_contra]):
+    """Maps a model's output for one micro-batch to numbers per record row."""
+
+    @property
+    def columns(self) -> int:
+        """Numbers per record row."""
+
+    def model_input(self, batch: BatchT_contra) -> Tensor:
+        """`[rows, seq]` int64, as in `LossFunction`."""
+
+    def row_lengths(self, batch: BatchT_contra) -> Tensor:
+        """`[rows]` int64, as in `LossFunction`."""
+
+    def __call__(self, output: Tensor, batch: BatchT_contra) -> Tensor:
+        """`[batch.num_rows, columns]` float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossReport:
+    """Loss and metrics of one global batch, equal on every rank."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _MicroBatch(Generic[BatchT]):
+    """One micro-batch, ready for the model."""
+
+    batch: BatchT
+    tokens: Tensor
+    """[rows, seq] int64."""
+    row_weights: Tensor
+    """[batch.num_rows] float32, 1 real, 0 filler."""
+    index: int
+    """Number of the micro-batch within the global batch."""
+
+
+class _Stage:
+    """What megatron-core's schedules ask of a model, answered for an `OptModel`."""
+
+    def __init__(self, model: OptModel) -> None:
+        self.config = model.transformer_config
+        self.model_type = ModelType.encoder_or_decoder
+        self.set_input_tensor = model.set_input_tensor
+
+
+class ForwardEngine:
+    """Runs one role's model forward under its layout: evaluation and scoring."""
+
+    def __init__(self, model: OptModel, *, micro_batch_rows: int) -> None:
+        """Wraps a model.
+
+        Args:
+            model: This rank's shard.
+            micro_batch_rows: Record rows that go through the model at once.
+        """
+        self.model = model
+        self.groups: ProcessGroups = model.groups
+        self.device = next(model.parameters()).device
+        self._micro_batch_rows = micro_batch_rows
+        self._stage = _Stage(model)
+
+    @property
+    def vocab_start(self) -> int:
+        """First vocabulary id of this rank's slice of the logits."""
+        tensor = self.groups.layout.tensor
+        return self.groups.coordinate.tensor * self.model.config.padded_vocab(tensor) // tensor
+
+    @torch.no_grad()
+    def evaluate(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
+        """Loss and metrics of a global batch, without gradients and without dropout."""
+        self.model.eval()
+        _, micro_batches = self._cut(batch, loss)
+        outputs = self._run(micro_batches, partial(_terms_of, loss), forward_only=True)
+        return self._report(outputs, loss)
+
+    @torch.no_grad()
+    def score(self, batch: BatchT, function: ScoreFunction[BatchT]) -> Tensor:
+        """Scores every row of a global batch.
+
+        Returns:
+            `[batch.num_rows, function.columns]` float32 on the CPU, the same on every rank, in row
+            order.
+        """
+        self.model.eval()
+        plan, micro_batches = self._cut(batch, function)
+        outputs = self._run(micro_batches, partial(_scores_of, function), forward_only=True)
+        num_local = sum(micro_batch.batch.num_rows for micro_batch in micro_batches)
+        if self.groups.is_last_stage:
+            local = torch.cat(outputs).float()
+        else:
+            local = torch.empty(num_local, function.columns, device=self.device)
+        gathered = all_gather_rows(local, self.groups.data)
+        broadcast(gathered, self.groups.pipeline, source=self.groups.layout.pipeline - 1)
+        order = torch.tensor(plan.rows_in_order)
+        scores = torch.empty(batch.num_rows, function.columns)
+        scores[order[order >= 0]] = gathered.cpu()[order >= 0]
+        return scores
+
+    def _cut(
+        self, batch: BatchT, inputs: LossFunction[BatchT] | ScoreFunction[BatchT]
+    ) -> tuple[MicroBatchPlan, list[_MicroBatch[BatchT]]]:
+        """The plan for the global batch and this data rank's micro-batches."""
+        lengths = inputs.row_lengths(batch)
+        record_lengths = lengths.view(batch.num_rows, -1).amax(dim=1)
+        plan = plan_micro_batches(
+            record_lengths.tolist(),
+            num_shards=self.groups.layout.data,
+            rows_per_micro_batch=self._micro_batch_rows,
+        )
+        shard = plan.shards[self.groups.coordinate.data]
+        selected = [batch.select(torch.tensor(cut.rows)) for cut in shard]
+        longest = [int(inputs.row_lengths(part).max()) for part in selected]
+        if self.groups.layout.pipeline > 1:  # stages exchange tensors of one shape
+            longest = [max(longest)] * len(longest)
+        micro_batches = [
+            _MicroBatch(
+                batch=part.to(self.device),
+                tokens=self._fit(inputs.model_input(part), seq).to(self.device),
+                row_weights=(torch.arange(part.num_rows) < cut.num_real).float().to(self.device),
+                index=cut.index,
+            )
+            for part, cut, seq in zip(selected, shard, longest, strict=True)
+        ]
+        return plan, micro_batches
+
+    def _fit(self, tokens: Tensor, seq: int) -> Tensor:
+        """`tokens` cut or padded to `seq` columns, rounded up where sequence parallelism splits."""
+        if self.model.options.sequence_parallel:
+            seq = -(-seq // self.groups.layout.tensor) * self.groups.layout.tensor
+        return torch.nn.functional.pad(tokens[:, :seq], (0, max(0, seq - tokens.shape[1])))
+
+    def _run(
+        self,
+        micro_batches: list[_MicroBatch[BatchT]],
+        collect: Callable[[_MicroBatch[BatchT], Tensor], Any],
+        *,
+        forward_only: bool,
+        before_forward: Callable[[_MicroBatch[BatchT]], None] = lambda _: None,
+    ) -> list[Any]:
+        """Runs the schedule; what `collect` returns on the last stage comes back as a list."""
+
+        def forward_step(iterator: Iterator[_MicroBatch[BatchT]], _: _Stage) -> tuple[Tensor, Any]:
+            micro_batch = next(iterator)
+            before_forward(micro_batch)
+            return self.model(micro_batch.tokens), partial(_call, collect, micro_batch)
+
+        config = self.model.transformer_config
+        pipelined = self.groups.layout.pipeline > 1
+        schedule = (
+            forward_backward_pipelining_without_interleaving
+            if pipelined
+            else forward_backward_no_pipelining
+        )
+        rows, seq = micro_batches[0].tokens.shape
+        collected: list[Any] = schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=self._stage,
+            num_microbatches=len(micro_batches),
+            seq_length=seq,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            p2p_communicator=P2PCommunicator(self.groups.pipeline, config) if pipelined else None,
+            pg_collection=self.groups.megatron,
+        )
+        return collected
+
+    def _report(self, outputs: list[Any], loss: LossFunction[Any]) -> LossReport:
+        """Sums what the last stages collected over data ranks and tells every stage."""
+        names, maxima = loss.metric_names, loss.maximum_names
+        sums = torch.zeros(1 + len(names), dtype=torch.float64, device=self.device)
+        largest = torch.full((len(maxima),), -torch.inf, dtype=torch.float64, device=self.device)
+        for terms in outputs:
+            sums += torch.stack([terms.loss.detach(), *(terms.metrics[name] for name in names)])
+            if maxima:
+                found = torch.stack([terms.maxima[name].double() for name in maxima])
+                largest = torch.maximum(largest, found)
+        last = self.groups.layout.pipeline - 1
+        broadcast(all_reduce_sum(sums, self.groups.data), self.groups.pipeline, source=last)
+        broadcast(all_reduce_max(largest, self.groups.data), self.groups.pipeline, source=last)
+        values = dict(zip(names, sums[1:].tolist(), strict=True))
+        values |= dict(zip(maxima, largest.tolist(), strict=True))
+        return LossReport(loss=sums[0].item(), metrics=values)
+
+
+class TrainEngine(ForwardEngine):
+    """Trains one role's model: 1F1B over the pipeline, ZeRO-1 over the data ranks."""
+
+    def __init__(
+        self,
+        model: OptModel,
+        *,
+        micro_batch_rows: int,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        seed: int,
+    ) -> None:
+        """Builds the sharded optimizer from the model's present weights.
+
+        Args:
+            model: This rank's shard, weights loaded.
+            micro_batch_rows: Record rows that go through the model at once.
+            optimizer: AdamW and its schedule.
+            total_steps: Optimizer steps of the run, where the schedule ends.
+            seed: Start of the dropout streams.
+        """
+        super().__init__(model, micro_batch_rows=micro_batch_rows)
+        specs = model.local_specs()
+        self._zero1 = Zero1Optimizer(
+            model,
+            groups=self.groups,
+            config=optimizer,
+            decayed={name for name, spec in specs.items() if spec.decays},
+        )
+        self._optimizer_config = optimizer
+        self._total_steps = total_steps
+        self._seed = seed
+        self.steps_done = 0
+
+    def forward_backward(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
+        """Accumulates the gradient of the loss of a global batch and reduces it over data ranks."""
+        self.model.train()
+        _, micro_batches = self._cut(batch, loss)
+        reported: list[Any] = []
+        # The schedule divides each loss by the number of micro-batches; ours are already shares of
+        # the global loss.
+        scale = self._zero1.gradient_scale * len(micro_batches)
+
+        def collect(micro_batch: _MicroBatch[BatchT], output: Tensor) -> tuple[Tensor, Any]:
+            terms = _terms_of(loss, micro_batch, output)
+            reported.append(terms)
+            return terms.loss * scale, None
+
+        self._run(micro_batches, collect, forward_only=False, before_forward=self._key_dropout)
+        self._reduce_shared_gradients()
+        self._zero1.reduce_gradients()
+        return self._report(reported, loss)
+
+    def step(self) -> StepReport:
+        """Updates the weights with the accumulated gradient and clears it."""
+        rate = learning_rate(
+            self._optimizer_config, step=self.steps_done, total_steps=self._total_steps
+        )
+        report = self._zero1.step(rate)
+        self.steps_done += 1
+        return report
+
+    def _key_dropout(self, micro_batch: _MicroBatch[Any]) -> None:
+        """Names the dropout stream of a micro-batch independently of stages and data ranks."""
+        self.model.set_dropout_key(
+            seed_for(self._seed, "dropout", self.steps_done, micro_batch.index)
+        )
+
+    def _reduce_shared_gradients(self) -> None:
+        """Sums gradients of parameters that several ranks of one model copy hold."""
+        for parameter in self.model.tensor_reduced_parameters():
+            all_reduce_sum(self._zero1.gradient(parameter), self.groups.tensor)
+        for parameter in self.model.tied_parameters():
+            all_reduce_sum(self._zero1.gradient(parameter), self.groups.embedding)
+
+
+def _call(
+    collect: Callable[[_MicroBatch[Any], Tensor], Any],
+    micro_batch: _MicroBatch[Any],
+    output: Tensor,
+    *,
+    non_loss_data: bool = False,
+) -> Any:
+    """The schedule's loss callback; `non_loss_data` is how it asks in forward-only runs."""
+    del non_loss_data
+    return collect(micro_batch, output)
+
+
+def _terms_of(loss: LossFunction[Any], micro_batch: _MicroBatch[Any], output: Tensor) -> Any:
+    """A loss applied to one micro-batch."""
+    return loss(output, micro_batch.batch, micro_batch.row_weights)
+
+
+def _scores_of(
+    function: ScoreFunction[Any], micro_batch: _MicroBatch[Any], output: Tensor
+) -> Tensor:
+    """A score function applied to one micro-batch."""
+    return function(output, micro_batch.batch)

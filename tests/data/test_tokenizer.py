@@ -1,0 +1,197 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megachat.data import tokenizer as module
+from megachat.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceConfig, Tokenizer
+from megachat.errors import CheckpointError, ConfigError, DataError
+from tests.data.samples import corpus, sentence, train_tiny
+
+OPT_FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "opt_tokenizer"
+
+
+def opt_folder(target: Path) -> Path:
+    """The files of the published OPT tokenizer with its published settings."""
+    if not OPT_FILES.is_dir():
+        pytest.skip("OPT's vocabulary does not lie beside this checkout (../shared/data)")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(OPT_FILES / name, target / name)
+    settings_ = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "</s>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_prefix_space": False,
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(settings_))
+    return target
+
+
+def save_with(tokenizer: Tokenizer, folder: Path, **specials: str) -> Path:
+    """A copy of a tokenizer with other control tokens."""
+    library = AutoTokenizer.from_pretrained(tokenizer.origin)
+    changed = PreTrainedTokenizerFast(tokenizer_object=library.backend_tokenizer, **specials)
+    changed.save_pretrained(folder)
+    return folder
+
+
+def test_control_ids_are_those_of_opt(tokenizer: Tokenizer) -> None:
+    ids = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id)
+    assert ids == (0, 1, 2)
+    assert tokenizer.vocab_size == 56
+    assert not tokenizer.adds_bos
+    assert (tokenizer.token_id("<human>"), tokenizer.token_id("<bot>")) == (4, 5)
+    assert tokenizer.special_ids == (0, 1, 2, 3)
+
+
+def test_markers_are_one_token_and_words_bring_their_space(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("<human> rain<bot> sun")
+    assert ids == [4, *tokenizer.encode(" rain"), 5, *tokenizer.encode(" sun")]
+    assert tokenizer.decode(ids) == "<human> rain<bot> sun"
+
+
+def test_ids_equal_those_of_sentencepiece(tokenizer: Tokenizer) -> None:
+    oracle = sentencepiece.SentencePieceProcessor(
+        model_file=str(Path(tokenizer.origin) / SENTENCEPIECE_FILE)
+    )
+    texts = [*corpus(), *(sentence(number, words=9) for number in range(0, 9000, 3))]
+    assert tokenizer.encode_batch(texts) == oracle.encode(texts)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(alphabet="aeinorst <>/ \u00e9\u2026!?\ufb01", max_size=40))
+def test_ids_equal_those_of_sentencepiece_on_odd_text(tokenizer: Tokenizer, text: str) -> None:
+    oracle = sentencepiece.SentencePieceProcessor(
+        model_file=str(Path(tokenizer.origin) / SENTENCEPIECE_FILE)
+    )
+    assert tokenizer.encode(text) == oracle.encode(text)
+
+
+def test_repeated_letters_are_cut_as_sentencepiece_cuts_them(tmp_path: Path) -> None:
+    """Equal scores: only exact sums make float32 and float64 choose the same segmentation."""
+    texts = [f" {'ha' * (number % 9 + 1)} {'o' * (number % 11 + 1)}" for number in range(400)]
+    trained = module.train_sentencepiece(texts, SentencePieceConfig(vocab_size=24), tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / SENTENCEPIECE_FILE))
+    assert trained.encode_batch(texts) == oracle.encode(texts)
+
+
+@pytest.mark.parametrize("control", ["<s>", "<pad>", "</s>", "<unk>"])
+def test_control_tokens_in_text_stay_text(tokenizer: Tokenizer, control: str) -> None:
+    ids = tokenizer.encode(f"sun {control} rain")
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.encode_batch([f"sun {control} rain"]) == [ids]
+
+
+def test_training_twice_gives_the_same_vocabulary(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = train_tiny(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    model = Path(tokenizer.origin) / SENTENCEPIECE_FILE
+    assert (tmp_path / SENTENCEPIECE_FILE).read_bytes() == model.read_bytes()
+
+
+def test_saved_tokenizer_loads_with_equal_ids(opt_like: Tokenizer, tmp_path: Path) -> None:
+    opt_like.save(tmp_path / "copy")
+    loaded = Tokenizer.load(tmp_path / "copy")
+    texts = list(corpus())[:50]
+    assert loaded.encode_batch(texts) == opt_like.encode_batch(texts)
+    assert loaded.fingerprint == opt_like.fingerprint
+    assert (loaded.adds_bos, loaded.bos_id) == (True, 2)
+    assert (tmp_path / "copy" / SENTENCEPIECE_FILE).is_file()
+
+
+def test_saved_tokenizer_loads_with_the_transformers_library(
+    opt_like: Tokenizer, tmp_path: Path
+) -> None:
+    opt_like.save(tmp_path)
+    library = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert library(" sun rain").input_ids == [2, *opt_like.encode(" sun rain")]
+    assert (library.pad_token_id, library.eos_token_id) == (1, 2)
+
+
+def test_decode_can_show_control_tokens(tokenizer: Tokenizer) -> None:
+    ids = [*tokenizer.encode(" sun"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == " sun"
+    assert tokenizer.decode(ids, skip_specials=False) == " sun</s>"
+
+
+def test_pad_equal_to_eos_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The flaw behind complaint 14: ends that look like padding are never trained."""
+    folder = save_with(tokenizer, tmp_path, eos_token="</s>", pad_token="</s>", bos_token="<s>")
+    with pytest.raises(DataError, match="pad id 2 must exist and differ from eos id 2"):
+        Tokenizer.load(folder)
+
+
+def test_missing_pad_or_eos_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    no_pad = save_with(tokenizer, tmp_path / "pad", eos_token="</s>")
+    with pytest.raises(DataError, match="pad id None must exist"):
+        Tokenizer.load(no_pad)
+    no_eos = save_with(tokenizer, tmp_path / "eos", pad_token="<pad>")
+    with pytest.raises(DataError, match="has no eos_token"):
+        Tokenizer.load(no_eos)
+
+
+def test_bos_falls_back_to_eos(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = save_with(tokenizer, tmp_path, eos_token="</s>", pad_token="<pad>")
+    loaded = Tokenizer.load(folder)
+    assert (loaded.bos_id, loaded.adds_bos) == (2, False)
+
+
+def test_missing_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder") as caught:
+        Tokenizer.load(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
+    with pytest.raises(CheckpointError, match="not in the local cache, and the hub cannot") as caught:
+        Tokenizer.load("nobody/no-such-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match=r"must hold tokenizer\.json") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_token_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="has no token '<nobody>'"):
+        tokenizer.token_id("<nobody>")
+
+
+def test_training_without_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no text"):
+        module.train_sentencepiece([], SentencePieceConfig(), tmp_path)
+
+
+def test_vocabulary_larger_than_the_text_allows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size 4096 on 1 texts failed"):
+        module.train_sentencepiece(["one line"], SentencePieceConfig(), tmp_path)
+
+
+def test_published_opt_vocabulary_gives_the_published_ids(tmp_path: Path) -> None:
+    opt = Tokenizer.load(opt_folder(tmp_path))
+    assert opt.adds_bos
+    ids = [opt.bos_id, *opt.encode("Hello my name is")]
+    assert ids == [2, 31414, 127, 766, 16]
+    assert (opt.bos_id, opt.pad_id, opt.eos_id, opt.vocab_size) == (2, 1, 2, 50265)
+    assert not {1, 2} & set(opt.encode("a </s> b <pad>"))
+
+
+def test_published_opt_vocabulary_survives_saving(tmp_path: Path) -> None:
+    (tmp_path / "opt").mkdir()
+    opt = Tokenizer.load(opt_folder(tmp_path / "opt"))
+    opt.save(tmp_path / "copy")
+    again = Tokenizer.load(tmp_path / "copy")
+    assert again.adds_bos
+    assert again.encode(" Human: hi Assistant:") == opt.encode(" Human: hi Assistant:")

@@ -12,6 +12,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from megachat.data.messages import first_line
 from megachat.errors import DataError
 
 TEXT: Any = pyarrow.string()
@@ -58,7 +59,7 @@ def open_arrow(path: Path) -> Any:
         return datasets.Dataset.from_file(str(path))
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(
-            f"{path}: cached data cannot be read ({error}): delete {path.parent} to build it again"
+            f"{path}: cached data cannot be read ({first_line(error)}): delete {path.parent} to build it again"
         ) from error
 
 
@@ -76,5 +77,6 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
                     row += 1
                     yield value
     except (pyarrow.ArrowException, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path}: not a readable Parquet file after row {row}: {reason}") from error
+        raise DataError(
+            f"{path}: not a readable Parquet file after row {row}: {first_line(error)}"
+        ) from error

@@ -68,8 +68,8 @@ def hold_out(rows: Indices, *, share: float, at_most: int | None) -> SplitIndice
     At least one row is held out where a share is asked for and at least one is left to train on.
     """
     count = round(share * len(rows))
-    if share > 0 and len(rows) > 1:
-        count = min(max(count, 1), len(rows) - 1)
+    if share > 0:
+        count = min(max(count, 1), max(len(rows) - 1, 0))
     if at_most is not None:
         count = min(count, at_most)
     return SplitIndices(train=np.sort(rows[count:]), validation=rows[:count])

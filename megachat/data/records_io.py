@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megachat.data.arrow import ROWS_AT_ONCE, read_parquet
+from megachat.data.messages import first_line
 from megachat.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
@@ -80,7 +81,7 @@ def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
             value = json.loads(line)
         except ValueError as error:  # not UTF-8, or not JSON
             yield RawRecord(
-                file=str(path), row=row, value=None, problem=f"not JSON: {_one_line(error)}"
+                file=str(path), row=row, value=None, problem=f"not JSON: {first_line(error)}"
             )
             continue
         yield _record(path, row, value)
@@ -142,7 +143,7 @@ class _TextWindow:
                 if too_big or not self._refill():
                     raise DataError(
                         f"{self._path}: not a JSON array: item {row} cannot be read: "
-                        f"{_one_line(error)}"
+                        f"{first_line(error)}"
                     ) from error
                 continue
             if end < len(self._text) or not self._refill():
@@ -162,7 +163,7 @@ class _TextWindow:
             self._rest = b""
         except UnicodeDecodeError as error:
             if self._ended or len(data) - error.start >= 4:
-                raise DataError(f"{self._path}: not UTF-8 text: {_one_line(error)}") from error
+                raise DataError(f"{self._path}: not UTF-8 text: {first_line(error)}") from error
             text = data[: error.start].decode("utf-8")
             self._rest = data[error.start :]
         self._text = self._text[self._start :] + text
@@ -183,7 +184,3 @@ def _first_byte(file: BinaryIO) -> bytes:
         if block.strip():
             return block.strip()[:1]
     return b""
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -15,6 +15,7 @@ from megachat.data.cache import DataCache, content_key
 from megachat.data.config import SourceConfig
 from megachat.data.formats import FORMATS
 from megachat.data.hub import hub_is_reachable
+from megachat.data.messages import first_line
 from megachat.data.records_io import FILE_SUFFIXES, RawRecord, read_dataset, read_file
 from megachat.errors import DataError
 
@@ -126,7 +127,7 @@ def _open_saved(path: Path, *, cache: DataCache) -> OpenSource:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many types for a damaged folder
-        raise DataError(f"{path}: cannot be loaded as a saved data set: {error}") from error
+        raise DataError(f"{path}: cannot be loaded as a saved data set: {first_line(error)}") from error
     return _from_datasets(saved, name=str(path), cache=cache)
 
 
@@ -135,6 +136,8 @@ def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
     splits = {TRAIN: loaded} if isinstance(loaded, datasets.Dataset) else _choose_splits(loaded)
     if TRAIN not in splits:
         raise DataError(f"{name}: has no split 'train', only {', '.join(loaded)}")
+    if not all(dataset.cache_files for dataset in splits.values()):
+        raise DataError(f"{name}: is held in memory: leave datasets.config.IN_MEMORY_MAX_SIZE 0")
     digests = {
         split: [cache.file_digest(Path(file["filename"])) for file in dataset.cache_files]
         for split, dataset in splits.items()
@@ -176,7 +179,7 @@ def _download(config: SourceConfig, *, name: str) -> Any:
     try:
         return datasets.load_dataset(name, name=config.subset, revision=config.revision)
     except Exception as error:  # anything between the network and the library
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         hint = (
             'set revision = "refs/convert/parquet", which has the rows without the script'
             if "script" in reason

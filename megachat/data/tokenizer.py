@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megachat.config import ConfigModel
 from megachat.data.hub import hub_is_reachable
+from megachat.data.messages import first_line
 from megachat.errors import CheckpointError, ConfigError, DataError
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -224,7 +225,7 @@ def _load_folder(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises many types for a damaged folder
         raise CheckpointError(
-            f"tokenizer {folder}: cannot be loaded ({_first_line(error)}): it must hold "
+            f"tokenizer {folder}: cannot be loaded ({first_line(error)}): it must hold "
             "tokenizer.json or the vocabulary files, and tokenizer_config.json"
         ) from error
 
@@ -240,12 +241,8 @@ def _download(name: str) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"tokenizer {name}: no such folder, not in the local cache, and not given by the hub "
-            f"({_first_line(error)}): give a folder that holds tokenizer.json"
+            f"({first_line(error)}): give a folder that holds tokenizer.json"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
@@ -283,7 +280,7 @@ def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
     except (RuntimeError, OSError) as error:
         if not count:
             raise DataError("tokenizer training: there is no text to train on") from error
-        reason = _SOURCE_PLACE.sub("", _first_line(error))
+        reason = _SOURCE_PLACE.sub("", first_line(error))
         raise ConfigError(
             f"tokenizer training: vocab_size {config.vocab_size} on {count} texts failed: {reason}"
         ) from error

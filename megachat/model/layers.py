@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from megachat.errors import KernelError
 from megachat.model.config import ModelOptions, NormBackend, OptConfig, Recompute
 from megachat.model.dropout import ResidualAdd, attention_with_dropout
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 
@@ -51,6 +50,8 @@ try:
         TransformerLayer,
         TransformerLayerSubmodules,
     )
+
+    from megachat.parallel.groups import ProcessGroups
 except RuntimeError as error:  # what transformer-engine's meta wheel alone makes of the import
     raise KernelError(
         f"megatron-core cannot be imported ({error}): a transformer-engine without its torch part "

@@ -67,6 +67,18 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     barrier()
 
 
+def describe_run(config: RunConfig) -> str:
+    """The resolved configuration as JSON and the layouts of the roles, for `--dry-run`."""
+    world_size = config.launch.world_size
+    lines = [config.model_dump_json(indent=2), f"ranks: {world_size}"]
+    for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
+        lines.append(f"layout of {name}: {role.layout(world_size)}")
+    for stage in Stage:
+        state = "complete" if completed(config, stage) is not None else "to run"
+        lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
+    return "\n".join(lines)
+
+
 def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
     """The tokenizer in the run folder, trained or copied there by the first rank to arrive.
 

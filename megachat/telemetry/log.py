@@ -7,10 +7,10 @@ terminal without tearing each other apart.
 """
 
 import logging
+import time
 from pathlib import Path
 
-from rich.console import Console, ConsoleRenderable
-from rich.logging import RichHandler
+from rich.console import Console
 from rich.text import Text
 
 from megachat.errors import ConfigError
@@ -38,15 +38,28 @@ class _NotFromWarningsModule(logging.Filter):
         return record.name != "py.warnings"
 
 
-class _ConsoleHandler(RichHandler):
-    """Log lines for a person; the type by which `active_console` finds this process's console."""
+class _ConsoleHandler(logging.Handler):
+    """Log lines for a person; the type by which `active_console` finds this process's console.
 
-    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        """The message, with the level in front of it where it is not plain information."""
-        text = Text(message)
-        if record.levelno >= logging.WARNING:
-            text = Text.assemble((f"{record.levelname.lower()}: ", "bold red"), text)
-        return text
+    Lines are not wrapped here: a terminal does that itself, and a file should keep them whole.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.addFilter(_NotFromWarningsModule())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows the time, the level where it is not plain information, and the message."""
+        try:
+            line = Text.assemble((time.strftime("%H:%M:%S", time.localtime(record.created)), "dim"))
+            line.append(" ")
+            if record.levelno >= logging.WARNING:
+                line.append(f"{record.levelname.lower()}: ", "bold red")
+            line.append(self.format(record))
+            self.console.print(line, soft_wrap=True)
+        except Exception:  # logging must not end a run; its hook reports this
+            self.handleError(record)
 
 
 class _RankFileHandler(logging.FileHandler):
@@ -76,7 +89,7 @@ def set_up_logging(
     """
     handlers: list[logging.Handler] = []
     if rank == 0:
-        handlers.append(_console_handler(console or Console(stderr=True)))
+        handlers.append(_ConsoleHandler(console or Console(stderr=True)))
     if folder is not None:
         handlers.append(_file_handler(folder, rank=rank))
     root = logging.getLogger()
@@ -97,20 +110,6 @@ def active_console() -> Console | None:
         if isinstance(handler, _ConsoleHandler):
             return handler.console
     return None
-
-
-def _console_handler(console: Console) -> logging.Handler:
-    handler = _ConsoleHandler(
-        console=console,
-        show_path=False,
-        show_level=False,
-        rich_tracebacks=False,
-        markup=False,
-        highlighter=None,
-        log_time_format="%H:%M:%S",
-    )
-    handler.addFilter(_NotFromWarningsModule())
-    return handler
 
 
 def _file_handler(folder: Path, *, rank: int) -> logging.Handler:

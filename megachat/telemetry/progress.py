@@ -119,7 +119,7 @@ class StageProgress:
     def _metrics_text(self) -> str:
         names = self._show or tuple(self._metrics)[:METRICS_SHOWN]
         return "  ".join(
-            f"{name.rpartition('/')[2]} {self._metrics[name]:.4g}"
+            f"{name.rpartition('/')[2]} {format_value(self._metrics[name])}"
             for name in names
             if name in self._metrics
         )
@@ -196,6 +196,11 @@ class _LiveView:
 
     def stop(self) -> None:
         self._progress.stop()
+
+
+def format_value(value: float) -> str:
+    """A measured value for a person: `0.0123`, `2.31`, `12,346`."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def format_duration(seconds: float) -> str:

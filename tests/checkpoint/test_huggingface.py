@@ -1,110 +1,256 @@
 import json
-import os
-import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from megachat.checkpoint import (
-    MissingHead,
-    is_complete,
-    load_huggingface,
-    read_config,
-    save_huggingface,
-)
-from megachat.errors import CheckpointError, ConfigError
+from megachat.checkpoint import MissingHead, load_huggingface, read_config, reader
+from megachat.checkpoint.writer import save_huggingface
+from megachat.errors import CheckpointError, ConfigError, MegachatError
 from megachat.model import OPT_MODELS, Head, OptConfig, OptModel
 from megachat.parallel.layout import ParallelLayout
+from tests.checkpoint import folders
 from tests.harness import run_ranks
 from tests.model import reference as ref
 
-
-def _state(config: OptConfig, head: Head = Head.LANGUAGE_MODEL) -> dict[str, Tensor]:
-    state = ref.huggingface_model(config, head).state_dict()
-    return {name: value.clone() for name, value in state.items() if name != "lm_head.weight"}
+CONFIGS = {"pre": ref.PRE_LN, "post": ref.POST_LN}
 
 
-def _write_config(config: OptConfig, folder: Path, head: Head = Head.LANGUAGE_MODEL) -> None:
-    folder.mkdir(exist_ok=True)
-    values = config.to_huggingface(head=head, dtype=torch.float32)
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def _write_source(config: OptConfig, folder: Path, kind: str) -> None:
-    """The same weights in each form that the hub has."""
-    _write_config(config, folder)
-    state = _state(config)
-    names = sorted(state)
-    halves = [names[::2], names[1::2]]
-    if kind == "safetensors":
-        save_file(state, folder / "model.safetensors")
-    elif kind == "bin":
-        torch.save(state, folder / "pytorch_model.bin")
-    elif kind == "bin without prefix":
-        bare = {name.removeprefix("model."): value for name, value in state.items()}
-        torch.save(bare, folder / "pytorch_model.bin")
-    else:
-        index = {}
-        for number, part in enumerate(halves):
-            tensors = {name: state[name] for name in part}
-            if kind == "sharded safetensors":
-                file = f"model-{number}.safetensors"
-                save_file(tensors, folder / file)
-            else:
-                file = f"pytorch_model-{number}.bin"
-                torch.save(tensors, folder / file)
-            index |= dict.fromkeys(part, file)
-        suffix = "model.safetensors" if kind == "sharded safetensors" else "pytorch_model.bin"
-        (folder / f"{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
-
-
-KINDS = ("safetensors", "bin", "bin without prefix", "sharded safetensors", "sharded bin")
-
-
-def _load_all_save_all(folder: Path) -> None:
-    """Loads every kind under two layouts and writes it back from there."""
-    for name, config in (("pre", ref.PRE_LN), ("post", ref.POST_LN)):
-        for degrees in ({"tensor": 2, "pipeline": 2}, {"tensor": 1, "pipeline": 4}):
+def _load_and_compare(folder: Path) -> list[str]:
+    """Loads every kind of folder under several layouts; what differs from the reference."""
+    wrong = []
+    for name, config in CONFIGS.items():
+        weights = ref.by_spec_name(folders.state(config), config)
+        for degrees in ({"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 4}, {}):
             layout = ParallelLayout.for_world(4, **degrees)
             model = ref.build_model(config, layout)
-            for kind in KINDS:
+            for kind in folders.KINDS:
                 for parameter in model.parameters():
                     parameter.data.fill_(torch.nan)
                 load_huggingface(model, folder / name / kind)
-                limit = 20_000 if kind == "bin" else 10**9
-                save_huggingface(
-                    model, folder / "out" / f"{name} {layout} {kind}", max_shard_bytes=limit
-                )
+                for parameter_name, parameter in model.named_parameters():
+                    spec = model.local_specs()[parameter_name]
+                    expected = ref.own_part(model, parameter_name, weights[spec.name])
+                    if not torch.equal(parameter, expected):
+                        wrong.append(f"{name} {layout} {kind} {parameter_name}")
+    return wrong
 
 
-def _load_folder(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
+def test_every_kind_of_folder_loads_into_every_layout_bit_for_bit(tmp_path: Path) -> None:
+    for name, config in CONFIGS.items():
+        for kind in folders.KINDS:
+            folders.write_folder(config, tmp_path / name / kind, kind)
+    assert run_ranks(4, _load_and_compare, tmp_path) == [[]] * 4
 
 
-def test_every_kind_of_folder_survives_every_layout_bit_for_bit(tmp_path: Path) -> None:
-    for name, config in (("pre", ref.PRE_LN), ("post", ref.POST_LN)):
-        (tmp_path / name).mkdir()
-        for kind in KINDS:
-            _write_source(config, tmp_path / name / kind, kind)
-    run_ranks(4, _load_all_save_all, tmp_path)
-    exports = sorted((tmp_path / "out").iterdir())
-    assert len(exports) == 2 * 2 * len(KINDS)
-    for export in exports:
-        expected = _state(ref.PRE_LN if export.name.startswith("pre") else ref.POST_LN)
-        found = _load_folder(export)
-        assert is_complete(export)
-        assert (
-            len(list(export.glob("*.safetensors")))
-            == (7 if export.name.endswith(" bin") and "sharded" not in export.name else 1)
-            or "bin" in export.name
-        )
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), f"{export.name}: {key}"
+def _elements_read(folder: Path) -> tuple[int, int]:
+    """(elements that this rank reads, elements that it holds without padding rows)."""
+    model = ref.build_model(ref.PRE_LN, ParallelLayout.for_world(4, tensor=2, pipeline=2))
+    original, counted = reader.StoredTensor.read, []
+
+    def counting_read(self: reader.StoredTensor, slices: reader.Slices) -> Tensor:
+        part = original(self, slices)
+        counted.append(part.numel())
+        return part
+
+    reader.StoredTensor.read = counting_read  # type: ignore[method-assign]
+    load_huggingface(model, folder)
+    words = model.parameters_by_spec().get("embedding.word.weight")
+    held = sum(parameter.numel() for parameter in model.parameters())
+    padding = int((words == 0).all(-1).sum()) * 32 if words is not None else 0
+    return sum(counted), held - padding
+
+
+def test_a_rank_reads_its_own_slices_only(tmp_path: Path) -> None:
+    folders.write_folder(ref.PRE_LN, tmp_path)
+    for read, held in run_ranks(4, _elements_read, tmp_path):
+        assert read == held
+
+
+def _load_across_heads(folder: Path) -> dict[str, Any]:
+    """Scalar models from a language model's folder, and the reverse; weights in bf16."""
+    layout = ParallelLayout.for_world(2, pipeline=2)
+    scalar = ref.build_model(ref.POST_LN, layout, head=Head.SCALAR, dtype=torch.bfloat16)
+    message = ""
+    try:
+        load_huggingface(scalar, folder / "lm")
+    except CheckpointError as error:
+        message = str(error)
+    scores = []
+    for seed in (1, 1, 2):
+        load_huggingface(scalar, folder / "lm", missing_head=MissingHead.INITIALISE, seed=seed)
+        score = scalar.parameters_by_spec().get("head.score.weight")
+        scores.append(None if score is None else score.detach().clone())
+    load_huggingface(scalar, folder / "scalar", missing_head=MissingHead.INITIALISE)
+    score = scalar.parameters_by_spec().get("head.score.weight")
+    language = ref.build_model(ref.POST_LN, layout)
+    load_huggingface(language, folder / "scalar")
+    words = language.parameters_by_spec()["embedding.word.weight"].detach()
+    return {
+        "message": message,
+        "initialised": scores,
+        "stored": None if score is None else score.detach(),
+        "words": words[: ref.POST_LN.vocab_size],
+    }
+
+
+def test_a_scalar_head_is_initialised_only_where_the_caller_says_so(tmp_path: Path) -> None:
+    folders.write_folder(ref.POST_LN, tmp_path / "lm")
+    folders.write_folder(ref.POST_LN, tmp_path / "scalar", head=Head.SCALAR)
+    first, last = run_ranks(2, _load_across_heads, tmp_path)
+    for rank in (first, last):
+        assert "score.weight is missing (1 of " in rank["message"]
+    one, again, other = last["initialised"]
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert one.dtype is torch.bfloat16
+    state = folders.state(ref.POST_LN, Head.SCALAR)
+    assert torch.equal(last["stored"], state["score.weight"].bfloat16())
+    for rank in (first, last):
+        assert torch.equal(rank["words"], state["model.decoder.embed_tokens.weight"])
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    state = folders.state(ref.PRE_LN)
+    change(state)
+    save_file(
+        {name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors"
+    )
+
+
+def _set_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+FC2 = "model.decoder.layers.3.fc2.weight"
+WORDS = "model.decoder.embed_tokens.weight"
+
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[MegachatError], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json: missing"),
+    "config is no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        CheckpointError,
+        "config.json: not valid JSON",
+    ),
+    "config of another family": (
+        lambda f: _set_config(f, model_type="gpt2"),
+        ConfigError,
+        "config.json: model_type is 'gpt2'",
+    ),
+    "variant without biases": (
+        lambda f: _set_config(f, enable_bias=False),
+        ConfigError,
+        "enable_bias is False",
+    ),
+    "more layers": (
+        lambda f: _set_config(f, num_hidden_layers=8),
+        CheckpointError,
+        "layers is 8, but the model to load into has 4",
+    ),
+    "other heads": (
+        lambda f: _set_config(f, num_attention_heads=2),
+        CheckpointError,
+        "heads is 2, but the model to load into has 4",
+    ),
+    "other place of norms": (
+        lambda f: _set_config(f, do_layer_norm_before=False),
+        CheckpointError,
+        "layer_norm_first is False",
+    ),
+    "other vocabulary": (
+        lambda f: _set_config(f, vocab_size=130),
+        CheckpointError,
+        "vocab_size is 130, but the model to load into has 131",
+    ),
+    "vocabulary of the file differs from its config": (
+        lambda f: _rewrite(f, lambda s: s.update({WORDS: s[WORDS][:130]})),
+        CheckpointError,
+        rf"model.safetensors: {WORDS} has shape \[130, 32\], but the model needs \[131, 32\]",
+    ),
+    "missing tensor": (
+        lambda f: _rewrite(f, lambda s: s.pop(FC2)),
+        CheckpointError,
+        rf"{FC2} is missing \(1 of ",
+    ),
+    "other shape": (
+        lambda f: _rewrite(f, lambda s: s.update({FC2: s[FC2].t()})),
+        CheckpointError,
+        rf"model.safetensors: {FC2} has shape \[48, 32\], but the model needs \[32, 48\]",
+    ),
+    "surplus tensor": (
+        lambda f: _rewrite(f, lambda s: s.update({"adapter.weight": torch.ones(2)})),
+        CheckpointError,
+        "adapter.weight is no tensor of this model",
+    ),
+    "whole numbers": (
+        lambda f: _rewrite(f, lambda s: s.update({FC2: s[FC2].int()})),
+        CheckpointError,
+        f"{FC2} holds torch.int32",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "no weights"),
+}
+
+
+def _refusals(root: Path) -> dict[str, tuple[str, str]]:
+    layout = ParallelLayout.for_world(2, pipeline=2)
+    model = ref.build_model(ref.PRE_LN, layout)
+    found = {}
+    for name in BAD_FOLDERS:
+        try:
+            load_huggingface(model, root / name)
+        except MegachatError as error:
+            found[name] = (type(error).__name__, str(error))
+    return found
+
+
+def test_bad_folders_are_refused_by_every_rank_alike(tmp_path: Path) -> None:
+    for name, (spoil, _, _) in BAD_FOLDERS.items():
+        spoil(folders.write_folder(ref.PRE_LN, tmp_path / name))
+    first, last = run_ranks(2, _refusals, tmp_path)
+    for name, (_, kind, words) in BAD_FOLDERS.items():
+        assert name in last, f"{name} was accepted"
+        assert last[name][0] == kind.__name__
+        assert pytest.importorskip("re").search(words, last[name][1]), last[name][1]
+        assert "\n" not in last[name][1]
+        if name != "whole numbers":  # a property of the data, seen by the ranks that read it
+            assert first[name] == last[name]
+
+
+def test_config_of_a_published_size_needs_no_folder() -> None:
+    assert read_config("facebook/opt-125m") == OPT_MODELS["facebook/opt-125m"]
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="known sizes are facebook/opt-125m"):
+        read_config(tmp_path / "facebook" / "opt-1b")
+
+
+def test_config_of_a_folder_is_read(tmp_path: Path) -> None:
+    folders.write_config(ref.POST_LN, tmp_path)
+    assert read_config(tmp_path) == ref.POST_LN
+
+
+def _load_here_save_there(folder: Path, degrees: dict[str, int], config: OptConfig) -> OptModel:
+    model = ref.build_model(config, ParallelLayout(**degrees))
+    load_huggingface(model, folder)
+    save_huggingface(model, folder.with_name(f"{folder.name}+"))
+    return model
+
+
+def _load_save(folder: Path, degrees: dict[str, int], config: OptConfig) -> None:
+    _load_here_save_there(folder, degrees, config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_survive_a_way_over_two_layouts(tmp_path: Path, name: str) -> None:
+    folder = folders.write_folder(CONFIGS[name], tmp_path / "model")
+    run_ranks(4, _load_save, folder, {"tensor": 2, "pipeline": 2}, CONFIGS[name])
+    run_ranks(1, _load_save, tmp_path / "model+", {}, CONFIGS[name])
+    expected, found = folders.state(CONFIGS[name]), folders.read_folder(tmp_path / "model++")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -72,9 +72,8 @@ def repository_paths() -> tuple[Path, ...]:
         text=True,
         check=False,
     )
-    if listed.returncode == 0:
-        paths = [ROOT / name for name in listed.stdout.split("\0") if name]
-    else:
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    if not paths:
         hidden = {".git", "__pycache__", "build", "dist", "runs"}
         paths = [
             path

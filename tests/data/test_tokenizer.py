@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -72,7 +72,10 @@ def test_ids_equal_those_of_sentencepiece_on_odd_text(tokenizer: Tokenizer, text
     oracle = sentencepiece.SentencePieceProcessor(
         model_file=str(Path(tokenizer.origin) / SENTENCEPIECE_FILE)
     )
-    assert tokenizer.encode(text) == oracle.encode(text)
+    ids = tokenizer.encode(text)
+    assert not {0, 1, 2} & set(ids)
+    assume("<s>" not in text and "</s>" not in text)  # cut in pieces, see the next but one test
+    assert ids == oracle.encode(text)
 
 
 def test_repeated_letters_are_cut_as_sentencepiece_cuts_them(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from megachat.errors import KernelError
-from megachat.model import NormBackend, OptModel, layers
+from megachat.model import NormBackend, layers
 from megachat.parallel.layout import ParallelLayout
 from tests.harness import run_ranks
 from tests.model import reference as ref
+
+PACKAGES = ("apex", "transformer_engine")
 
 
 def _package(folder: Path, files: dict[str, str]) -> None:
@@ -21,53 +23,58 @@ def _package(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def _report(folder: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> layers.Accelerator:
-    """The report on one package with `folder` on the path and nothing of it imported before."""
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(
-        sys, "modules", {k: v for k, v in sys.modules.items() if k.partition(".")[0] != package}
-    )
-    names = {"apex": "apex", "transformer_engine": "transformer-engine"}
-    return next(item for item in layers.accelerators() if item.name == names[package])
+def _report(folder: Path) -> dict[str, tuple[bool, str]]:
+    """The report where `folder` comes first on the path; run in a process of its own."""
+    sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[name]
+    return {item.name: (item.available, item.detail) for item in layers.accelerators()}
 
 
-def test_an_absent_accelerator_is_reported_and_not_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for package in ("apex", "transformer_engine"):
-        assert _report(tmp_path, package, monkeypatch).detail == "not installed"
+def test_absent_accelerators_are_reported_and_not_needed(tmp_path: Path) -> None:
+    [report] = run_ranks(1, _report, tmp_path)
+    expected = (False, "not installed")
+    assert report == {"transformer-engine": expected, "apex": expected}
 
 
-def test_the_unrelated_apex_of_pypi_is_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _package(tmp_path, {"apex/__init__.py": "__version__ = '0.9.10dev'\n"})
-    report = _report(tmp_path, "apex", monkeypatch)
-    assert not report.available
-    assert report.detail.startswith("installed without apex.normalization")
-
-
-def test_transformer_engine_without_its_torch_part_is_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_packages_of_the_right_name_are_told_apart(tmp_path: Path) -> None:
+    """PyPI's unrelated apex; transformer-engine without its torch part."""
     _package(
         tmp_path,
         {
+            "apex/__init__.py": "__version__ = '0.9.10dev'\n",
             "transformer_engine/__init__.py": "",
             "transformer_engine/pytorch/__init__.py": "raise RuntimeError('no\\nshared object')\n",
         },
     )
-    report = _report(tmp_path, "transformer_engine", monkeypatch)
-    assert not report.available
-    assert "no shared object" in report.detail
+    [report] = run_ranks(1, _report, tmp_path)
+    assert not report["apex"][0]
+    assert report["apex"][1].startswith("installed without apex.normalization")
+    assert not report["transformer-engine"][0]
+    assert "no shared object" in report["transformer-engine"][1]
 
 
-def test_a_package_that_fails_on_import_does_not_end_the_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _package(tmp_path, {"apex/__init__.py": "raise OSError('libcudart.so.12')\n"})
-    assert _report(tmp_path, "apex", monkeypatch).detail == "broken: libcudart.so.12"
+def test_packages_that_fail_on_import_do_not_end_the_program(tmp_path: Path) -> None:
+    broken = "raise OSError('libcudart.so.12')\n"
+    _package(tmp_path, {f"{package}/__init__.py": broken for package in PACKAGES})
+    [report] = run_ranks(1, _report, tmp_path)
+    assert set(report.values()) == {(False, "broken: libcudart.so.12")}
+
+
+def test_working_accelerators_are_reported_with_their_version(tmp_path: Path) -> None:
+    _package(
+        tmp_path,
+        {
+            "apex/__init__.py": "__version__ = '1.2'\n",
+            "apex/normalization/__init__.py": "",
+            "apex/normalization/fused_layer_norm.py": "",
+            "fused_layer_norm_cuda.py": "",
+            "transformer_engine/__init__.py": "",
+            "transformer_engine/pytorch.py": "",
+        },
+    )
+    [report] = run_ranks(1, _report, tmp_path)
+    assert report == {"transformer-engine": (True, "unknown version"), "apex": (True, "1.2")}
 
 
 _IMPORT_LAYERS = """

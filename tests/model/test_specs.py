@@ -44,26 +44,24 @@ def test_shards_cover_every_element_once(config: OptConfig, tensor: int) -> None
 
 @settings(deadline=None)
 @given(
-    name=st.sampled_from(sorted(OPT_MODELS)),
-    tensor=st.sampled_from([1, 2, 4, 8]),
+    config=st.sampled_from([PRE_LN, POST_LN]),
+    tensor=st.sampled_from([1, 2, 4]),
     pipeline=st.sampled_from([1, 2, 4]),
     head=st.sampled_from(list(Head)),
 )
 def test_stages_hold_every_parameter_once_and_the_tied_embedding_at_both_ends(
-    name: str, tensor: int, pipeline: int, head: Head
+    config: OptConfig, tensor: int, pipeline: int, head: Head
 ) -> None:
-    config = OPT_MODELS[name]
-    held = Counter(
-        spec.name
+    stages = [
+        stage_specs(config, tensor=tensor, pipeline=pipeline, stage=stage, head=head)
         for stage in range(pipeline)
-        for spec in stage_specs(config, tensor=tensor, pipeline=pipeline, stage=stage, head=head)
-    )
+    ]
+    held = Counter(spec.name for stage in stages for spec in stage)
     specs = parameter_specs(config, tensor=tensor, head=head)
     tied = head is Head.LANGUAGE_MODEL and pipeline > 1
     assert held == Counter(spec.name for spec in specs) + Counter([WORD_EMBEDDING] * tied)
     for spec in specs:
-        stage = stage_of(spec, config, pipeline=pipeline)
-        assert spec in stage_specs(config, tensor=tensor, pipeline=pipeline, stage=stage, head=head)
+        assert spec in stages[stage_of(spec, config, pipeline=pipeline)]
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:

@@ -98,3 +98,21 @@ def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write log files"):
         set_up_logging(tmp_path / "file" / "logs")
+
+
+def test_a_long_line_stays_one_line_in_a_file() -> None:
+    console = text_console()
+    set_up_logging(console=console)
+    logging.getLogger("megachat.x").info("word " * 60)
+    assert shown(console).rstrip("\n").count("\n") == 0
+
+
+def test_the_traceback_of_an_error_is_shown() -> None:
+    console = text_console()
+    set_up_logging(console=console)
+    try:
+        raise KeyError("gone")
+    except KeyError:
+        logging.getLogger("megachat.x").exception("it failed")
+    assert "error: it failed" in shown(console)
+    assert "KeyError: 'gone'" in shown(console)

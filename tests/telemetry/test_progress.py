@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from megachat.telemetry import progress as progress_module
-from megachat.telemetry.progress import StageProgress, format_duration
+from megachat.telemetry.progress import StageProgress, format_duration, format_value
 
 
 class Clock:
@@ -112,3 +112,19 @@ def test_metrics_without_a_finished_step_leave_the_time_open() -> None:
 )
 def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.012345, "0.0123"),
+        (2.3149, "2.31"),
+        (999.4, "999"),
+        (-12345.6, "-12,346"),
+        (3e12, "3e+12"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_values_read_as_a_person_says_them(value: float, text: str) -> None:
+    assert format_value(value) == text

@@ -115,7 +115,16 @@ def test_what_came_from_a_model_or_a_user_is_text_and_never_markup(run_folder: P
 
 def test_page_shows_everything_it_was_given(run_folder: Path) -> None:
     _, page = write_and_read(run_folder)
-    for text in ("0.11", "nats per token", "-0.1", "1.2", "runs/a", "no words", "torch", version("torch")):
+    for text in (
+        "0.11",
+        "nats per token",
+        "-0.1",
+        "1.2",
+        "runs/a",
+        "no words",
+        "torch",
+        version("torch"),
+    ):
         assert any(text in shown for shown in page.texts), text
     for text in ("sft.lr", "0.001", "seed", "7", "Configuration, 3 settings"):
         assert text in page.texts

@@ -17,7 +17,7 @@ from megachat.checkpoint.writer import is_complete, save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig
 from megachat.model.opt import OptModel
-from megachat.model.specs import TensorSpec, parameter_specs
+from megachat.model.specs import TensorSpec
 
 __all__ = ["MissingHead", "is_complete", "load_huggingface", "read_config", "save_huggingface"]
 
@@ -71,7 +71,7 @@ def load_huggingface(
     """
     _check_architecture(model.config, folder)
     stored = open_weights(folder)
-    specs = parameter_specs(model.config, tensor=model.groups.layout.tensor, head=model.head)
+    specs = model.global_specs()
     absent: set[str] = set()
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
         absent = {spec.name for spec in specs if huggingface_names(spec) == (SCORE,)}

@@ -28,7 +28,7 @@ from megachat.checkpoint.reader import (
 from megachat.errors import CapacityError, CheckpointError, MegachatError
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
-from megachat.model.specs import TensorSpec, parameter_specs, stage_of
+from megachat.model.specs import TensorSpec, stage_of
 from megachat.parallel.collectives import (
     all_gather_last_dim,
     all_gather_rows,
@@ -116,7 +116,7 @@ def save_huggingface(
             than an export, an extra file is missing, or the disk is too small.
     """
     groups, kept = model.groups, dtype or model.options.dtype
-    specs = parameter_specs(model.config, tensor=groups.layout.tensor, head=model.head)
+    specs = model.global_specs()
     files = plan_files(specs, dtype=kept, max_shard_bytes=max_shard_bytes)
     draft = _Draft(folder.resolve(), is_writer=groups.rank == 0)
     try:

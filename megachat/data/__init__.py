@@ -1,4 +1,8 @@
-"""Data: tokenizers, the public data sets, their blending and split, and global batches."""
+"""Data: tokenizers, the public data sets, their blending and split, and global batches.
+
+Only the settings are gathered here, so that reading a configuration does not wait for the data
+libraries. The rest: `tokenizer`, `stage_data` (`build_stage_data`), `loaders`, `chitchat`.
+"""
 
 from megachat.data.config import (
     DataConfig,
@@ -8,50 +12,5 @@ from megachat.data.config import (
     SourceConfig,
     Stage,
 )
-from megachat.data.loaders import (
-    BatchLoader,
-    LastBatch,
-    LoaderOptions,
-    Order,
-    PreferenceLoader,
-    PromptLoader,
-    SftLoader,
-    endless,
-)
-from megachat.data.stage_data import (
-    DataReport,
-    SourceReport,
-    StageData,
-    TextRow,
-    TokenSet,
-    build_stage_data,
-    training_texts,
-)
-from megachat.data.tokenizer import SentencePieceConfig, Tokenizer, train_sentencepiece
 
-__all__ = [
-    "BatchLoader",
-    "DataConfig",
-    "DataReport",
-    "LastBatch",
-    "LoaderOptions",
-    "LongAnswers",
-    "LongPrompts",
-    "Order",
-    "PreferenceLoader",
-    "PromptLoader",
-    "Recipe",
-    "SentencePieceConfig",
-    "SftLoader",
-    "SourceConfig",
-    "SourceReport",
-    "Stage",
-    "StageData",
-    "TextRow",
-    "TokenSet",
-    "Tokenizer",
-    "build_stage_data",
-    "endless",
-    "train_sentencepiece",
-    "training_texts",
-]
+__all__ = ["DataConfig", "LongAnswers", "LongPrompts", "Recipe", "SourceConfig", "Stage"]

@@ -22,7 +22,7 @@ INT64: Any = pyarrow.int64()
 TOKENS: Any = pyarrow.list_(pyarrow.int32())
 """A row of token ids."""
 
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 256
 """Rows of a block; the memory that any pass over data needs."""
 
 
@@ -59,7 +59,8 @@ def open_arrow(path: Path) -> Any:
         return datasets.Dataset.from_file(str(path))
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise DataError(
-            f"{path}: cached data cannot be read ({first_line(error)}): delete {path.parent} to build it again"
+            f"{path}: cached data cannot be read ({first_line(error)}): delete {path.parent} to "
+            "build it again"
         ) from error
 
 

@@ -11,7 +11,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,13 @@ class DataCache:
         entry = self._folder / name
         if entry.is_dir():
             return entry
-        lock = filelock.FileLock(self._folder / f"{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _LOG.info("waiting for another process that prepares %s", entry)
-            lock.acquire()
-        try:
-            if not entry.is_dir():
-                self._build(entry, build)
-        finally:
-            lock.release()
+        with _hold(filelock.FileLock(self._folder / f"{name}.lock"), waiting_for=entry) as held:
+            if entry.is_dir():
+                return entry
+            if held:  # nobody else can be building: what lies there is of a killed process
+                for left_over in self._folder.glob(f"{name}.building-*"):
+                    shutil.rmtree(left_over, ignore_errors=True)
+            self._build(entry, build)
         return entry
 
     def file_digest(self, path: Path) -> str:
@@ -107,9 +104,7 @@ class DataCache:
         return content_key({"files": [(path.name, self.file_digest(path)) for path in paths]})
 
     def _build(self, entry: Path, build: Callable[[Path], None]) -> None:
-        """Builds beside the entry and renames; the caller holds the lock."""
-        for left_over in self._folder.glob(f"{entry.name}.building-*"):
-            shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed
+        """Builds beside the entry and renames."""
         building = self._folder / f"{entry.name}.building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         building.mkdir()
         try:
@@ -122,6 +117,28 @@ class DataCache:
                 ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _hold(lock: filelock.BaseFileLock, *, waiting_for: Path) -> Iterator[bool]:
+    """Holds a lock, waiting if need be; gives False where the file system has no locks.
+
+    Without locks several ranks do the same work, and the first rename wins.
+    """
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _LOG.info("waiting for another process that prepares %s", waiting_for)
+            lock.acquire()
+    except NotImplementedError:
+        _LOG.warning("%s: no file locks here, so every rank prepares the data", waiting_for.parent)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _hash_file(path: Path) -> str:

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,11 +65,6 @@ class Conversation:
     """Texts in order; the speakers take turns."""
     upbeat: float | None
     """How upbeat a participant rated it, 1 to 10; None without a rating. 5 was preset."""
-
-    @property
-    def held_out(self) -> bool:
-        """Whether it belongs to the validation rows."""
-        return _stable_number(self.name) % 1000 < HELD_OUT_PER_THOUSAND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,15 +124,25 @@ def vader_version() -> str | None:
         return None
 
 
-def conversations() -> list[Conversation]:
-    """All conversations in an order that is random but fixed.
+def conversations(*, held_out: bool | None = None) -> Iterator[Conversation]:
+    """The conversations in an order that is random but fixed.
+
+    Args:
+        held_out: Which ones; None gives all.
 
     Raises:
         DataError: The package chitchat-dataset is not installed.
     """
     with data_files()[0].open(encoding="utf-8") as file:
         raw: dict[str, dict[str, Any]] = json.load(file)
-    return [_conversation(name, raw[name]) for name in sorted(raw, key=_stable_number)]
+    for name in sorted(raw, key=_stable_number):
+        if held_out is None or held_out == is_held_out(name):
+            yield _conversation(name, raw[name])
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a conversation belongs to the validation rows."""
+    return _stable_number(name) % 1000 < HELD_OUT_PER_THOUSAND
 
 
 def reply_records(*, held_out: bool) -> Iterator[RawRecord]:
@@ -152,28 +157,26 @@ def upbeat_records(*, held_out: bool) -> Iterator[RawRecord]:
 
     A reply whose candidates are all too close to it gives no pair.
     """
-    turns = _adjacent_turns(held_out=held_out)
-    scores = [upbeat_score(reply) for _, _, reply in turns]
+    turns = list(_adjacent_turns(held_out=held_out))
     random = np.random.default_rng(_stable_number(f"chitchat-upbeat {held_out}"))
     drawn = random.integers(len(turns), size=(len(turns), CANDIDATES))
+
+    @cache
+    def score(index: int) -> float:
+        return upbeat_score(turns[index][2])
+
     row = 0
     for index, (name, prompt, reply) in enumerate(turns):
-        other = next(
-            (
-                candidate
-                for candidate in drawn[index]
-                if turns[candidate][0] != name
-                and abs(scores[index] - scores[candidate]) >= UPBEAT_MARGIN
-            ),
-            None,
-        )
-        if other is None:
-            continue
-        row += 1
-        texts = (f" {reply}", f" {turns[other][2]}")
-        chosen, rejected = texts if scores[index] > scores[other] else reversed(texts)
-        value = {"prompt": prompt_text(prompt), "chosen": chosen, "rejected": rejected}
-        yield RawRecord(file="chitchat-upbeat", row=row, value=value)
+        for other in map(int, drawn[index]):
+            difference = score(index) - score(other)
+            if turns[other][0] == name or abs(difference) < UPBEAT_MARGIN:
+                continue
+            row += 1
+            texts = (f" {reply}", f" {turns[other][2]}")
+            chosen, rejected = texts if difference > 0 else reversed(texts)
+            value = {"prompt": prompt_text(prompt), "chosen": chosen, "rejected": rejected}
+            yield RawRecord(file="chitchat-upbeat", row=row, value=value)
+            break
 
 
 def rated_conversations(*, limit: int = 500) -> tuple[ConversationRating, ...]:
@@ -206,16 +209,15 @@ def rating_correlation(ratings: Sequence[ConversationRating]) -> float:
     return float(np.corrcoef(human, [rating.vader for rating in ratings])[0, 1])
 
 
-def _adjacent_turns(*, held_out: bool) -> tuple[tuple[str, str, str], ...]:
+def _adjacent_turns(*, held_out: bool) -> Iterator[tuple[str, str, str]]:
     """(conversation, turn, next turn) of suitable lengths."""
-    return tuple(
-        (chat.name, turn, reply)
-        for chat in conversations()
-        if chat.held_out == held_out
-        for turn, reply in zip(chat.turns, chat.turns[1:], strict=False)
-        if MIN_CHARACTERS <= len(turn) < MAX_PROMPT_CHARACTERS
-        and MIN_CHARACTERS <= len(reply) < MAX_REPLY_CHARACTERS
-    )
+    for chat in conversations(held_out=held_out):
+        for turn, reply in zip(chat.turns, chat.turns[1:], strict=False):
+            if (
+                MIN_CHARACTERS <= len(turn) < MAX_PROMPT_CHARACTERS
+                and MIN_CHARACTERS <= len(reply) < MAX_REPLY_CHARACTERS
+            ):
+                yield chat.name, turn, reply
 
 
 def _conversation(name: str, raw: Mapping[str, Any]) -> Conversation:

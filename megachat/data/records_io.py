@@ -5,6 +5,7 @@ record with a `problem`, so that it can be counted; a file that is broken as a w
 `DataError`.
 """
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def read_file(path: Path) -> Iterator[RawRecord]:
             return
         with path.open("rb") as file:
             is_array = path.suffix == ".json" and _first_byte(file) == b"["
+            file.seek(len(codecs.BOM_UTF8) if _starts_with_mark(file) else 0)
             yield from (_read_json_array if is_array else _read_json_lines)(path, file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -73,7 +75,6 @@ def _read_parquet(path: Path) -> Iterator[RawRecord]:
 
 def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
     """One object per line; blank lines are passed over."""
-    file.seek(0)
     for row, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -89,7 +90,6 @@ def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
 
 def _read_json_array(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
     """The items of one big array, decoded from a sliding window over the file."""
-    file.seek(0)
     window = _TextWindow(path, file)
     window.expect("[")
     row = 0
@@ -179,8 +179,14 @@ def _record(path: Path, row: int, value: Any) -> RawRecord:
 
 
 def _first_byte(file: BinaryIO) -> bytes:
-    """The first byte that is not white space."""
+    """The first byte that is neither white space nor a byte order mark."""
     while block := file.read(4096):
-        if block.strip():
-            return block.strip()[:1]
+        if text := block.removeprefix(codecs.BOM_UTF8).strip():
+            return text[:1]
     return b""
+
+
+def _starts_with_mark(file: BinaryIO) -> bool:
+    """Whether a file starts with a byte order mark, as some editors write it."""
+    file.seek(0)
+    return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8

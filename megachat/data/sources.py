@@ -127,7 +127,9 @@ def _open_saved(path: Path, *, cache: DataCache) -> OpenSource:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many types for a damaged folder
-        raise DataError(f"{path}: cannot be loaded as a saved data set: {first_line(error)}") from error
+        raise DataError(
+            f"{path}: cannot be loaded as a saved data set: {first_line(error)}"
+        ) from error
     return _from_datasets(saved, name=str(path), cache=cache)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megachat.errors import DataError
+from megachat.errors import CapacityError, DataError
 from megachat.generation.runner import ModelRunner
 from megachat.generation.sampling import Sampler, SamplingConfig, request_generators
 from megachat.model.opt import OptModel
@@ -72,7 +72,7 @@ class Generator:
             CapacityError: A prompt and its longest response exceed the model's positions.
             DataError: A prompt is empty or has ids outside the vocabulary.
         """
-        self._check(prompts)
+        self._check(prompts, sampling)
         layout, own = self._groups.layout, self._groups.coordinate.data
         # Dealt by length, so that every data rank gets its share of long prompts.
         order = prompts.lengths.argsort(stable=True, descending=True)
@@ -86,8 +86,15 @@ class Generator:
         rows = torch.cat([dealt[rank :: layout.data] for rank in range(layout.data)])
         return self._assemble(prompts, responses, rows)
 
-    def _check(self, prompts: PromptBatch) -> None:
-        """Refuses prompts that would index outside the model's tables."""
+    def _check(self, prompts: PromptBatch, sampling: SamplingConfig) -> None:
+        """Refuses prompts that would index outside the model's tables, on every rank alike."""
+        longest, positions = int(prompts.lengths.max()), self._config.max_positions
+        if longest + sampling.max_new_tokens > positions:
+            raise CapacityError(
+                f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} = "
+                f"{longest + sampling.max_new_tokens} positions, but the model has {positions}: "
+                "shorten prompts or lower max_new_tokens"
+            )
         if int(prompts.lengths.min()) < 1:
             row = int(prompts.lengths.argmin())
             raise DataError(f"prompt {int(prompts.ids[row])} is empty: give it at least one token")

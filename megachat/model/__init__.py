@@ -1,4 +1,8 @@
-"""OPT models, sharded over tensor and pipeline ranks."""
+"""OPT models, sharded over tensor and pipeline ranks.
+
+Only what is pure is gathered here, so that a plan for a cluster does not wait for torch; the model
+itself is `megachat.model.opt.OptModel`.
+"""
 
 from megachat.model.config import (
     OPT_MODELS,
@@ -8,19 +12,14 @@ from megachat.model.config import (
     OptConfig,
     Recompute,
 )
-from megachat.model.opt import EmbeddingWeights, LayerWeights, OptModel, OutputWeights
 from megachat.model.specs import TensorSpec, parameter_specs, stage_specs
 
 __all__ = [
     "OPT_MODELS",
-    "EmbeddingWeights",
     "Head",
-    "LayerWeights",
     "ModelOptions",
     "NormBackend",
     "OptConfig",
-    "OptModel",
-    "OutputWeights",
     "Recompute",
     "TensorSpec",
     "parameter_specs",

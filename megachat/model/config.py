@@ -5,14 +5,16 @@ Models", table 1); `ModelOptions` is how one role runs it. Both are pure values.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
-
-import torch
+from math import lcm
+from typing import TYPE_CHECKING, Any
 
 from megachat.errors import ConfigError, LayoutError
 from megachat.parallel.layout import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
 
 POSITION_OFFSET = 2
 """OPT's position table starts with this many rows that no position uses."""
@@ -46,11 +48,17 @@ class NormBackend(StrEnum):
     """NVIDIA apex's fused kernel; refused where it cannot be imported."""
 
 
+def _float32() -> "torch.dtype":
+    import torch  # here and not above: architectures are pure, and plans do not wait for torch
+
+    return torch.float32
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelOptions:
     """How one role runs its model; nothing here changes what the weights mean."""
 
-    dtype: torch.dtype = torch.float32
+    dtype: "torch.dtype" = field(default_factory=_float32)
     """Of parameters and activations."""
     sequence_parallel: bool = False
     """Shards activations between the matrix products along the sequence over the tensor group."""
@@ -60,9 +68,13 @@ class ModelOptions:
     attention_dropout: float = 0.0
     """Probability on attention weights. Above zero, attention keeps `[seq, seq]` weights."""
     norm_backend: NormBackend = NormBackend.TORCH
+    vocab_multiple: int = 1
+    """Of the padded vocabulary, beside the layout's own needs; see `vocab_multiple_for`."""
 
     def __post_init__(self) -> None:
         """Refuses probabilities outside [0, 1) and dtypes no OPT is trained in."""
+        import torch
+
         for name, value in (
             ("hidden_dropout", self.hidden_dropout),
             ("attention_dropout", self.attention_dropout),
@@ -71,6 +83,8 @@ class ModelOptions:
                 raise ConfigError(f"{name} is {value}: expected a probability in [0, 1)")
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype is {self.dtype}: expected float32, bfloat16 or float16")
+        if self.vocab_multiple < 1:
+            raise ConfigError(f"vocab_multiple is {self.vocab_multiple}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +158,14 @@ class OptConfig:
             + (self.layers * 4 * self.hidden)
         )
 
-    def padded_vocab(self, tensor: int) -> int:
-        """Rows of the word embedding so that `tensor` ranks get equal, aligned shares."""
-        multiple = VOCAB_MULTIPLE * tensor
+    def padded_vocab(self, tensor: int, *, vocab_multiple: int = 1) -> int:
+        """Rows of the word embedding so that `tensor` ranks get equal, aligned shares.
+
+        Args:
+            tensor: Tensor degree of the layout.
+            vocab_multiple: The result is a multiple of it too, for a second layout of the weights.
+        """
+        multiple = lcm(VOCAB_MULTIPLE * tensor, vocab_multiple)
         return -(-self.vocab_size // multiple) * multiple
 
     def layers_of_stage(self, stage: int, *, pipeline: int) -> range:
@@ -198,7 +217,7 @@ class OptConfig:
             eos_id=_integer(values, "eos_token_id", default=2),
         )
 
-    def to_huggingface(self, *, head: Head, dtype: torch.dtype) -> dict[str, Any]:
+    def to_huggingface(self, *, head: Head, dtype: "torch.dtype") -> dict[str, Any]:
         """The content of a `config.json` that `transformers` reads as the same model."""
         architecture = {
             Head.LANGUAGE_MODEL: "OPTForCausalLM",
@@ -233,6 +252,11 @@ class OptConfig:
             # transformers derives num_labels from the size of this table.
             values |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         return values
+
+
+def vocab_multiple_for(*tensor_degrees: int) -> int:
+    """What the vocabulary is padded to if the same rows are to serve several tensor degrees."""
+    return VOCAB_MULTIPLE * lcm(*tensor_degrees)
 
 
 def _opt(*, layers: int, hidden: int, heads: int) -> OptConfig:

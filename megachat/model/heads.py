@@ -39,11 +39,24 @@ class LanguageModelHead(OutputHead):
     """Logits with the tied word embedding, over this rank's part of the vocabulary."""
 
     def __init__(
-        self, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+        self,
+        config: OptConfig,
+        *,
+        rows: int,
+        groups: ProcessGroups,
+        dtype: torch.dtype,
+        sequence: bool,
     ) -> None:
-        """Creates a copy of the word embedding where the first stage is another rank."""
+        """Creates a copy of the word embedding where the first stage is another rank.
+
+        Args:
+            config: The architecture.
+            rows: Of this rank's part of the word embedding.
+            groups: Of the model.
+            dtype: Of the parameters.
+            sequence: Whether the decoder's output is cut along the sequence.
+        """
         super().__init__(config, groups=groups, dtype=dtype, sequence=sequence)
-        rows = config.padded_vocab(groups.layout.tensor) // groups.layout.tensor
         self.word_embedding: nn.Parameter | None = None
         if not groups.is_first_stage:
             self.word_embedding = layers.empty_parameter(rows, config.embed_dim, dtype=dtype)
@@ -106,8 +119,15 @@ class ScalarHead(OutputHead):
 
 
 def build_head(
-    head: Head, config: OptConfig, *, groups: ProcessGroups, dtype: torch.dtype, sequence: bool
+    head: Head,
+    config: OptConfig,
+    *,
+    rows: int,
+    groups: ProcessGroups,
+    dtype: torch.dtype,
+    sequence: bool,
 ) -> OutputHead:
-    """The output module for a kind of head; see `OutputHead` for the arguments."""
-    kind: type[OutputHead] = LanguageModelHead if head is Head.LANGUAGE_MODEL else ScalarHead
-    return kind(config, groups=groups, dtype=dtype, sequence=sequence)
+    """The output module for a kind of head; see `LanguageModelHead` for the arguments."""
+    if head is Head.LANGUAGE_MODEL:
+        return LanguageModelHead(config, rows=rows, groups=groups, dtype=dtype, sequence=sequence)
+    return ScalarHead(config, groups=groups, dtype=dtype, sequence=sequence)

@@ -12,7 +12,13 @@ from megachat.model import layers
 from megachat.model.config import POSITION_OFFSET, Head, ModelOptions, OptConfig
 from megachat.model.dropout import require_dropout_key
 from megachat.model.heads import build_head
-from megachat.model.specs import WORD_EMBEDDING, TensorSpec, initial_value, stage_specs
+from megachat.model.specs import (
+    WORD_EMBEDDING,
+    TensorSpec,
+    initial_value,
+    parameter_specs,
+    stage_specs,
+)
 from megachat.parallel.groups import ProcessGroups
 
 _SPEC_NAMES = {
@@ -106,11 +112,12 @@ class OutputWeights:
 class OptEmbedding(nn.Module):
     """Token and position embeddings of the first stage."""
 
-    def __init__(self, config: OptConfig, *, megatron: Any, groups: ProcessGroups) -> None:
-        """Creates uninitialised parameters."""
+    def __init__(
+        self, config: OptConfig, *, rows: int, megatron: Any, groups: ProcessGroups
+    ) -> None:
+        """Creates uninitialised parameters; `rows` is the padded vocabulary."""
         super().__init__()
         dtype = megatron.params_dtype
-        rows = config.padded_vocab(groups.layout.tensor)
         self.words = layers.word_embedding(rows, config.embed_dim, megatron=megatron, groups=groups)
         self.positions = layers.empty_parameter(
             config.max_positions + POSITION_OFFSET, config.hidden, dtype=dtype
@@ -181,7 +188,9 @@ class OptModel(nn.Module):
         )
         self._dropout_key: int | None = None
         self.embedding = (
-            OptEmbedding(config, megatron=self.transformer_config, groups=groups)
+            OptEmbedding(
+                config, rows=self.padded_vocab, megatron=self.transformer_config, groups=groups
+            )
             if groups.is_first_stage
             else None
         )
@@ -195,6 +204,7 @@ class OptModel(nn.Module):
             build_head(
                 head,
                 config,
+                rows=self.padded_vocab // groups.layout.tensor,
                 groups=groups,
                 dtype=options.dtype,
                 sequence=self.transformer_config.sequence_parallel,
@@ -252,6 +262,22 @@ class OptModel(nn.Module):
                 `seed_for(run_seed, step, micro_batch)`, equal on all ranks of one model copy.
         """
         self._dropout_key = key
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the word embedding over all tensor ranks."""
+        return self.config.padded_vocab(
+            self.groups.layout.tensor, vocab_multiple=self.options.vocab_multiple
+        )
+
+    def global_specs(self) -> tuple[TensorSpec, ...]:
+        """Specification of every parameter of the whole model, in the order of the forward pass."""
+        return parameter_specs(
+            self.config,
+            tensor=self.groups.layout.tensor,
+            head=self.head,
+            vocab_multiple=self.options.vocab_multiple,
+        )
 
     def local_specs(self) -> dict[str, TensorSpec]:
         """Global specification of each parameter on this rank, by name in `named_parameters`."""
@@ -358,6 +384,7 @@ class OptModel(nn.Module):
                 pipeline=layout.pipeline,
                 stage=coordinate.pipeline,
                 head=self.head,
+                vocab_multiple=self.options.vocab_multiple,
             )
         }
         first_layer = self.config.layers_of_stage(

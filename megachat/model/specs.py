@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megachat.model.config import POSITION_OFFSET, Head, OptConfig
-from megachat.parallel.rng import generator_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WORD_EMBEDDING = "embedding.word.weight"
 """The tied embedding: on the first stage, and for a language model on the last stage too."""
@@ -55,6 +55,8 @@ class TensorSpec:
     """Whether weight decay applies: not to biases and norms."""
     padding: int = 0
     """Rows at the end of dim 0 that only even out the shards (word embedding)."""
+    tied: bool = False
+    """Whether the last pipeline stage holds a copy beside the first stage's."""
 
     @property
     def unpadded_shape(self) -> tuple[int, ...]:
@@ -81,33 +83,43 @@ class TensorSpec:
         )
 
 
-def parameter_specs(config: OptConfig, *, tensor: int, head: Head) -> tuple[TensorSpec, ...]:
+def parameter_specs(
+    config: OptConfig, *, tensor: int, head: Head, vocab_multiple: int = 1
+) -> tuple[TensorSpec, ...]:
     """All parameters of a model in the order of the forward pass, the tied embedding once.
 
     Args:
         config: The architecture.
         tensor: Tensor degree; it decides how many padding rows the word embedding has.
         head: Adds `head.score.weight` for a scalar head.
+        vocab_multiple: `ModelOptions.vocab_multiple` of the model.
     """
+    padded = config.padded_vocab(tensor, vocab_multiple=vocab_multiple)
     return (
-        *_embedding_specs(config, tensor),
+        *_embedding_specs(config, padded, tied=head is Head.LANGUAGE_MODEL),
         *(spec for layer in range(config.layers) for spec in _layer_specs(config, layer)),
         *_last_stage_specs(config, head),
     )
 
 
 def stage_specs(
-    config: OptConfig, *, tensor: int, pipeline: int, stage: int, head: Head
+    config: OptConfig,
+    *,
+    tensor: int,
+    pipeline: int,
+    stage: int,
+    head: Head,
+    vocab_multiple: int = 1,
 ) -> tuple[TensorSpec, ...]:
     """The parameters that each rank of one pipeline stage holds (a shard of).
 
     The last stage of a language model with several stages has its own copy of the tied embedding,
     listed last.
     """
-    specs = parameter_specs(config, tensor=tensor, head=head)
+    specs = parameter_specs(config, tensor=tensor, head=head, vocab_multiple=vocab_multiple)
     held = [spec for spec in specs if stage_of(spec, config, pipeline=pipeline) == stage]
-    if head is Head.LANGUAGE_MODEL and 0 < stage == pipeline - 1:
-        held.append(next(spec for spec in specs if spec.name == WORD_EMBEDDING))
+    if 0 < stage == pipeline - 1:
+        held += [spec for spec in specs if spec.tied]
     return tuple(held)
 
 
@@ -118,12 +130,16 @@ def stage_of(spec: TensorSpec, config: OptConfig, *, pipeline: int) -> int:
     return spec.layer // (config.layers // pipeline)
 
 
-def initial_value(spec: TensorSpec, *, seed: int, std: float) -> Tensor:
+def initial_value(spec: TensorSpec, *, seed: int, std: float) -> "Tensor":
     """The whole tensor, fp32 on the CPU, as a new model starts; equal for every layout.
 
     Random values are drawn for the unpadded shape, so the tensor degree changes nothing but the
     number of zero rows.
     """
+    import torch  # here and not above: the table itself is pure, and plans do not wait for torch
+
+    from megachat.parallel.rng import generator_for
+
     if spec.init is Init.ZEROS:
         return torch.zeros(spec.shape)
     if spec.init is Init.ONES:
@@ -133,8 +149,7 @@ def initial_value(spec: TensorSpec, *, seed: int, std: float) -> Tensor:
     return value
 
 
-def _embedding_specs(config: OptConfig, tensor: int) -> Iterator[TensorSpec]:
-    padded = config.padded_vocab(tensor)
+def _embedding_specs(config: OptConfig, padded: int, *, tied: bool) -> Iterator[TensorSpec]:
     yield TensorSpec(
         name=WORD_EMBEDDING,
         shape=(padded, config.embed_dim),
@@ -144,6 +159,7 @@ def _embedding_specs(config: OptConfig, tensor: int) -> Iterator[TensorSpec]:
         init=Init.NORMAL,
         decays=True,
         padding=padded - config.vocab_size,
+        tied=tied,
     )
     yield _replicated(
         "embedding.position.weight",

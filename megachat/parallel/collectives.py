@@ -5,6 +5,7 @@ group as an argument. `source` is an index within the group, not a global rank.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -79,6 +80,81 @@ def all_gather_objects(value: ObjectT, group: dist.ProcessGroup | None = None) -
     values: list[ObjectT | None] = [None] * world.size()
     dist.all_gather_object(values, value, group=world)
     return [item for item in values if item is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingTransfer:
+    """A transfer that was started; its tensors may not be touched before `wait`."""
+
+    works: tuple[dist.Work, ...]
+    received_bytes: int
+    """Bytes that this rank gets from others, counted from the tensors handed over."""
+    sources: tuple[Tensor, ...] = ()
+    """Tensors being sent, kept alive until they are."""
+
+    def wait(self) -> None:
+        """Returns when the tensors may be used again (on CUDA: by the current stream)."""
+        for work in self.works:
+            work.wait()
+
+
+def start_gather(slots: Sequence[Tensor], group: dist.ProcessGroup) -> PendingTransfer:
+    """Fills `slots` in place: slot i with what rank i of the group has in its own slot i.
+
+    One all-gather where the backend does it in place (NCCL, neighbouring slots); broadcasts
+    elsewhere: gloo's all-gather would stage a copy of the whole output.
+
+    Args:
+        slots: One contiguous tensor a rank of the group, of equal sizes.
+        group: The ranks.
+    """
+    if group.size() == 1:
+        return PendingTransfer(works=(), received_bytes=0)
+    own = slots[group.rank()]
+    received = sum(slot.nbytes for slot in slots) - own.nbytes
+    if dist.get_backend(group) == "nccl" and _are_neighbours(slots):
+        whole = slots[0].as_strided((own.numel() * len(slots),), (1,))
+        work = dist.all_gather_into_tensor(whole, own.view(-1), group=group, async_op=True)
+        return PendingTransfer(works=(work,), received_bytes=received)
+    works = [
+        dist.broadcast(slot, src=dist.get_global_rank(group, index), group=group, async_op=True)
+        for index, slot in enumerate(slots)
+    ]
+    return PendingTransfer(works=tuple(works), received_bytes=received)
+
+
+def start_exchange(
+    *,
+    sends: Sequence[tuple[int, Tensor]],
+    receives: Sequence[tuple[int, Tensor]],
+    group: dist.ProcessGroup,
+) -> PendingTransfer:
+    """Sends contiguous tensors to, and receives others in place from, ranks of the group.
+
+    Between two ranks, tensors arrive in the order in which they are listed here.
+
+    Args:
+        sends: (rank within the group, tensor).
+        receives: (rank within the group, tensor to overwrite).
+        group: The ranks.
+    """
+    operations = [
+        dist.P2POp(call, tensor, dist.get_global_rank(group, peer), group=group)
+        for call, pairs in ((dist.isend, sends), (dist.irecv, receives))
+        for peer, tensor in pairs
+    ]
+    works = dist.batch_isend_irecv(operations) if operations else []
+    return PendingTransfer(
+        works=tuple(works),
+        received_bytes=sum(tensor.nbytes for _, tensor in receives),
+        sources=tuple(tensor for _, tensor in sends),
+    )
+
+
+def _are_neighbours(slots: Sequence[Tensor]) -> bool:
+    """Whether equal contiguous tensors lie one after the other in memory."""
+    start, size = slots[0].data_ptr(), slots[0].nbytes
+    return all(slot.data_ptr() == start + index * size for index, slot in enumerate(slots))
 
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:

@@ -4,7 +4,7 @@ Groups are handed to whoever communicates; nothing reads a global. Two adapters 
 groups to megatron-core (`megatron`) and to DeepSpeed (`deepspeed_mpu`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megachat.errors import LayoutError
-from megachat.parallel.layout import Axis, Coordinate, ParallelLayout
+from megachat.parallel.layout import Axis, Coordinate, GenerationPlacement, ParallelLayout
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait for its slowest rank (a generation phase can be long)."""
@@ -104,6 +104,56 @@ class ProcessGroups:
         return DeepSpeedMpu(self)
 
 
+@dataclass(frozen=True)
+class GenerationGroups:
+    """The communicators of a generation placement and of the reshard into it, for this rank."""
+
+    placement: GenerationPlacement
+    rank: int
+    tensor: dist.ProcessGroup
+    """Ranks that generate with one copy of the model, by generation tensor rank."""
+    tiles: dist.ProcessGroup
+    """Ranks of this stage whose training shards make up this rank's generation shard."""
+    gather: dist.ProcessGroup
+    """The same over all stages, by stage, then tile."""
+    pipeline: dist.ProcessGroup
+    """The stages of this rank's training pipeline."""
+
+    @classmethod
+    def create(
+        cls, placement: GenerationPlacement, *, training: ProcessGroups
+    ) -> "GenerationGroups":
+        """Creates the groups; a collective call of the whole world.
+
+        Raises:
+            LayoutError: The placement was made for another training layout.
+        """
+        if placement.source != training.layout:
+            raise LayoutError(
+                f"generation is placed over training layout {placement.source}, but the training "
+                f"groups are of layout {training.layout}"
+            )
+        rank, ranks = training.rank, range(placement.source.world_size)
+        return cls(
+            placement=placement,
+            rank=rank,
+            tensor=_own_group(_distinct(map(placement.tensor_group, ranks)), rank),
+            tiles=_own_group(_distinct(map(placement.tile_group, ranks)), rank),
+            gather=_own_group(_distinct(map(placement.gather_group, ranks)), rank),
+            pipeline=training.pipeline,
+        )
+
+    @property
+    def tensor_rank(self) -> int:
+        """Position in the generation tensor group."""
+        return self.placement.tensor_rank(self.rank)
+
+    @property
+    def replica(self) -> int:
+        """Number of the copy of the model that this rank belongs to."""
+        return self.placement.replica(self.rank)
+
+
 class DeepSpeedMpu:
     """What DeepSpeed asks of a Megatron `mpu`, answered from one `ProcessGroups`."""
 
@@ -172,11 +222,18 @@ def _own_group(ranks_of_groups: Sequence[Sequence[int]], rank: int) -> dist.Proc
     """Creates every group (all ranks must call alike) and returns the one that holds `rank`."""
     own: dist.ProcessGroup | None = None
     for ranks in ranks_of_groups:
-        group = dist.new_group(list(ranks), timeout=GROUP_TIMEOUT)
+        # The order given is the order in the group, which torch would otherwise sort.
+        in_order = list(ranks) == sorted(ranks)
+        group = dist.new_group(list(ranks), timeout=GROUP_TIMEOUT, sort_ranks=in_order)
         if rank in ranks:
             own = group
     assert own is not None, f"rank {rank} is in none of {ranks_of_groups}"
     return own
+
+
+def _distinct(groups: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Each group once, in the order of first mention."""
+    return list(dict.fromkeys(groups))
 
 
 def _embedding_group(layout: ParallelLayout, rank: int) -> dist.ProcessGroup:

@@ -3,6 +3,7 @@
 Pure: no process group, no device. Two or more layouts are alive in every RLHF job.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -143,3 +144,101 @@ class ParallelLayout:
     def is_last_stage(self, rank: int) -> bool:
         """Whether the rank holds the output head."""
         return self.coordinate(rank).pipeline == self.pipeline - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationPlacement:
+    """Who generates what: a tensor-only layout laid over the ranks of a training layout.
+
+    Each rank's generation shard contains its training shard (generation degree at most the
+    training degree), or lies inside the same rows (generation degree above it), so a reshard never
+    discards what a rank holds. With `tiles = training / generation` tensor degrees, training tensor
+    rank a is tile `a % tiles` of generation tensor rank `a // tiles`; with `splits` the inverse
+    ratio, it is one of generation ranks `a * splits .. a * splits + splits - 1`.
+    """
+
+    source: ParallelLayout
+    """The training layout."""
+    tensor: int
+    """Tensor degree of generation; every rank generates, so there are world / tensor replicas."""
+
+    def __post_init__(self) -> None:
+        """Refuses degrees that do not nest into the training layout."""
+        if self.tensor not in self.legal_degrees(self.source):
+            raise LayoutError(
+                f"generation tensor degree {self.tensor} does not fit training layout "
+                f"{self.source}: it must divide the world of {self.source.world_size} ranks and "
+                f"divide or be a multiple of tensor degree {self.source.tensor}; nearest: "
+                f"{nearest_degrees(self.tensor, self.legal_degrees(self.source))}"
+            )
+
+    @staticmethod
+    def legal_degrees(source: ParallelLayout) -> tuple[int, ...]:
+        """Generation tensor degrees that nest into a training layout, ascending."""
+        world, tensor = source.world_size, source.tensor
+        return tuple(
+            degree
+            for degree in range(1, world + 1)
+            if world % degree == 0 and (tensor % degree == 0 or degree % tensor == 0)
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Training shards side by side in one generation shard of the same layers."""
+        return max(1, self.source.tensor // self.tensor)
+
+    @property
+    def splits(self) -> int:
+        """Generation shards side by side in one training shard."""
+        return max(1, self.tensor // self.source.tensor)
+
+    @property
+    def replicas(self) -> int:
+        """Independent copies of the model that generate."""
+        return self.source.world_size // self.tensor
+
+    def tile(self, rank: int) -> int:
+        """Which tile of its generation shard a rank trains."""
+        return self.source.coordinate(rank).tensor % self.tiles
+
+    def split(self, rank: int) -> int:
+        """Which part of its training shard a rank generates with."""
+        return rank // self.source.tensor % self.splits
+
+    def tensor_rank(self, rank: int) -> int:
+        """Position in the generation tensor group."""
+        return self.source.coordinate(rank).tensor // self.tiles * self.splits + self.split(rank)
+
+    def replica(self, rank: int) -> int:
+        """Number of the copy of the model that a rank belongs to."""
+        return rank // (self.source.tensor * self.splits) * self.tiles + self.tile(rank)
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks of one copy of the model, in the order of their generation tensor ranks."""
+        width = self.source.tensor
+        first = rank - rank % (width * self.splits) + self.tile(rank)
+        return tuple(
+            first + index // self.splits * self.tiles + index % self.splits * width
+            for index in range(self.tensor)
+        )
+
+    def tile_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks of one stage whose training shards make up the same generation shard."""
+        first = rank - self.tile(rank)
+        return tuple(range(first, first + self.tiles))
+
+    def gather_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks of all stages whose training shards make up one generation shard, by stage, tile.
+
+        Only for a generation degree that is at most the training degree.
+        """
+        stages = self.source.ranks_along(Axis.PIPELINE, rank)
+        return tuple(member for stage in stages for member in self.tile_group(stage))
+
+
+def nearest_degrees(wanted: int, legal: Iterable[int]) -> str:
+    """The legal degrees just below and just above a wanted one, for a message."""
+    below = max((degree for degree in legal if degree < wanted), default=None)
+    above = min((degree for degree in legal if degree > wanted), default=None)
+    found = [str(degree) for degree in (below, above) if degree is not None]
+    return " or ".join(found) or "none"

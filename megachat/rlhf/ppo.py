@@ -11,8 +11,9 @@ Experiences are global records: every rank holds all rows, so that whitening, KL
 statistics are plain arithmetic, equal everywhere and independent of the roles' layouts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,13 +49,28 @@ class RolloutStatistics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PpoExperience(Experience):
+    """An experience together with the scale of its values and returns.
+
+    Statistics of the scores may go on changing (`running`) while experiences wait to be trained
+    on; a row keeps the ones it was standardised with, so old and new values stay comparable.
+    """
+
+    score_mean: Tensor
+    """[batch] float32, what was subtracted from the row's score and from its critic outputs."""
+    score_std: Tensor
+    """[batch] float32, what the differences were divided by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PpoReport:
     """What one PPO update did."""
 
     metrics: dict[str, float]
     """Names as they are written: `ppo/policy_loss`, `ppo/clip_fraction`, ..."""
     approx_kl: float
-    """Divergence of the updated policy from the one that sampled, nats per token."""
+    """Divergence of the policy that this update started from (moved by the updates before it) from
+    the one that sampled, nats per token."""
 
 
 class PPOTrainer:
@@ -89,14 +105,26 @@ class PPOTrainer:
         self.experience_metrics: dict[str, float] = {}
         """Statistics of the latest experience, by the names they are written under."""
 
-    def calibrate(self, prompts: PromptBatch) -> None:
-        """Measures the scale of scores on the untrained actor's responses, if the mode needs it."""
-        if self.normalizer.needs_calibration:
-            seed = seed_for(self._seed, "calibration")
+    def calibrate(self, batches: Iterable[PromptBatch]) -> None:
+        """Measures the scale of scores on the untrained actor's responses, if the mode needs it.
+
+        Args:
+            batches: Prompts to answer; `config.reward.normalization_samples` of them are used, or
+                all where they are fewer.
+        """
+        if not self.normalizer.needs_calibration:
+            return
+        seed = seed_for(self._seed, "calibration")
+        left = self.config.reward.normalization_samples
+        for batch in batches:
+            prompts = batch if batch.num_rows <= left else batch.select(torch.arange(left))
             rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
             self.normalizer.calibrate(self._scores(rollout))
+            left -= prompts.num_rows
+            if not left:
+                return
 
-    def generate_experience(self, prompts: PromptBatch) -> Experience:
+    def generate_experience(self, prompts: PromptBatch) -> PpoExperience:
         """Samples a response to every prompt and scores it with all four roles.
 
         The statistics of the rollout are left in `experience_metrics`.
@@ -105,22 +133,35 @@ class PPOTrainer:
             seed = seed_for(self._seed, "rollout", self._iteration)
             rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
         with self._timers.phase("score"):
-            logprobs = self._logprobs(self.engine.actor, rollout)
-            ref_logprobs = self._logprobs(self.engine.reference, rollout)
-            values = self._values(rollout)
+            logprobs, ref_logprobs = (
+                self._logprobs(engine, rollout, temperature=self.sampling.temperature)
+                for engine in (self.engine.actor, self.engine.reference)
+            )
+            critic_output = self._critic_output(rollout)
             scores = self._scores(rollout)
         self._iteration += 1
         return self._shape(
-            rollout, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores
+            rollout,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            critic_output=critic_output,
+            scores=scores,
         )
 
-    def measure(self, rollout: Rollout) -> RolloutStatistics:
-        """Scores a rollout for evaluation; leaves every running statistic alone."""
-        logprobs = self._logprobs(self.engine.actor, rollout)
-        ref_logprobs = self._logprobs(self.engine.reference, rollout)
+    def measure(self, rollout: Rollout, *, temperature: float) -> RolloutStatistics:
+        """Scores a rollout for evaluation; leaves every running statistic alone.
+
+        Args:
+            rollout: Responses of the present actor.
+            temperature: The one they were sampled at.
+        """
+        logprobs, ref_logprobs = (
+            self._logprobs(engine, rollout, temperature=temperature)
+            for engine in (self.engine.actor, self.engine.reference)
+        )
         return RolloutStatistics(scores=self._scores(rollout), log_ratios=logprobs - ref_logprobs)
 
-    def minibatches(self, experience: Experience) -> Iterator[Experience]:
+    def minibatches(self, experience: PpoExperience) -> Iterator[PpoExperience]:
         """The mini-batches of `config.epochs` passes, shuffled anew in each pass."""
         rows = self.config.minibatch_rows(experience.num_rows)
         for epoch in range(self.config.epochs):
@@ -128,7 +169,7 @@ class PPOTrainer:
             for part in torch.randperm(experience.num_rows, generator=generator).view(-1, rows):
                 yield experience.select(part)
 
-    def train_rlhf(self, experience: Experience) -> PpoReport:
+    def train_rlhf(self, experience: PpoExperience) -> PpoReport:
         """One update of actor and critic on a mini-batch."""
         actor, critic = self.engine.actor, self.engine.critic
         with self._timers.phase("train actor"):
@@ -145,8 +186,7 @@ class PPOTrainer:
             actor_step = actor.step()
         with self._timers.phase("train critic"):
             value = critic.forward_backward(
-                experience,
-                StandardizedValueObjective.on_scale_of(self.normalizer, experience, self.config),
+                experience, StandardizedValueObjective.for_batch(experience, self.config)
             )
             critic_step = critic.step()
         metrics = {
@@ -171,12 +211,18 @@ class PPOTrainer:
         *,
         logprobs: Tensor,
         ref_logprobs: Tensor,
-        values: Tensor,
+        critic_output: Tensor,
         scores: Tensor,
-    ) -> Experience:
+    ) -> PpoExperience:
         """Rewards, advantages and returns, computed once per experience."""
         config, mask = self.config, rollout.response_mask
+        # The scores come first: the mode `running` absorbs them, and the values of this experience
+        # are to be on the scale that its scores, and later its returns, are on.
         standardized = self.normalizer.standardize(scores)
+        score_mean = torch.full((rollout.num_rows,), self.normalizer.mean)
+        score_std = torch.full((rollout.num_rows,), self.normalizer.std)
+        values = _on_score_scale(critic_output, mean=score_mean, std=score_std)
+        values = values.masked_fill(~mask, 0.0)
         kl = estimate_kl(logprobs, ref_logprobs=ref_logprobs, estimator=config.kl.estimator)
         rewards = shape_rewards(
             scores=standardized,
@@ -206,7 +252,7 @@ class PPOTrainer:
             "rlhf/rollout_logprob_gap": float(gap.max()) if gap.numel() else 0.0,
         }
         self.kl_controller.update(mean_kl, num_samples=rollout.num_rows)
-        return Experience(
+        return PpoExperience(
             tokens=rollout.tokens,
             lengths=rollout.lengths,
             prompt_lengths=rollout.prompt_lengths,
@@ -218,62 +264,66 @@ class PPOTrainer:
             returns=estimates.returns,
             scores=scores,
             finished=rollout.finished,
+            score_mean=score_mean,
+            score_std=score_std,
         )
 
-    def _logprobs(self, engine: ForwardEngine, rollout: Rollout) -> Tensor:
+    def _logprobs(self, engine: ForwardEngine, rollout: Rollout, *, temperature: float) -> Tensor:
         """`[batch, response_len]` log-probs of the response tokens under a policy."""
         return engine.score(
             rollout,
             ResponseLogprobs(
                 response_len=rollout.logprobs.shape[1],
-                temperature=self.sampling.temperature,
+                temperature=temperature,
                 group=engine.groups.tensor,
                 vocab_start=engine.vocab_start,
             ),
         )
 
-    def _values(self, rollout: Rollout) -> Tensor:
-        """`[batch, response_len]` values on the standardised scale, 0 where masked."""
-        raw = self.engine.critic.score(
+    def _critic_output(self, rollout: Rollout) -> Tensor:
+        """`[batch, response_len]` raw output of the critic, on the reward model's scale."""
+        return self.engine.critic.score(
             rollout, ResponseValues(response_len=rollout.logprobs.shape[1])
         )
-        standardized = (raw - self.normalizer.mean) / self.normalizer.std
-        return standardized.masked_fill(~rollout.response_mask, 0.0)
 
     def _scores(self, rollout: Rollout) -> Tensor:
         """`[batch]` raw scores of the reward model."""
         return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
 
 
-class StandardizedValueObjective(ValueObjective):
+class StandardizedValueObjective:
     """The value loss of a critic whose raw output is on the reward model's scale.
 
     The critic starts as a copy of the reward model; shifting and scaling its output like the
     scores makes it start as a prediction of the standardised outcome.
     """
 
-    def __init__(
-        self, config: PpoConfig, *, num_tokens: float | Tensor, mean: float = 0.0, std: float = 1.0
-    ) -> None:
-        """Fixes the denominator and the scale.
+    metric_names = ValueObjective.metric_names
+    maximum_names = ValueObjective.maximum_names
 
-        Args:
-            config: Clip ranges and coefficients.
-            num_tokens: Number of response tokens in the global mini-batch.
-            mean: Subtracted from the critic's output.
-            std: What the difference is divided by.
-        """
-        super().__init__(config, num_tokens=num_tokens)
-        self._mean, self._std = mean, std
+    def __init__(self, standardized: ValueObjective) -> None:
+        """Wraps the loss that takes output on the standardised scale."""
+        self._standardized = standardized
 
     @classmethod
-    def on_scale_of(
-        cls, normalizer: RewardNormalizer, batch: Experience, config: PpoConfig
-    ) -> "StandardizedValueObjective":
-        """The objective of a global mini-batch on the present scale of the scores."""
-        num_tokens = batch.response_mask.sum().clamp(min=1).float()
-        return cls(config, num_tokens=num_tokens, mean=normalizer.mean, std=normalizer.std)
+    def for_batch(cls, batch: PpoExperience, config: PpoConfig) -> Self:
+        """The objective whose denominator is the number of response tokens in this mini-batch."""
+        return cls(ValueObjective.for_batch(batch, config))
 
-    def __call__(self, output: Tensor, batch: Experience, row_weights: Tensor) -> LossTerms:
-        """As `ValueObjective`, on the standardised output."""
-        return super().__call__((output - self._mean) / self._std, batch, row_weights)
+    def model_input(self, batch: PpoExperience) -> Tensor:
+        """Prompt and response, `[batch, seq]`."""
+        return self._standardized.model_input(batch)
+
+    def row_lengths(self, batch: PpoExperience) -> Tensor:
+        """Prompt and response tokens per row, `[batch]`."""
+        return self._standardized.row_lengths(batch)
+
+    def __call__(self, output: Tensor, batch: PpoExperience, row_weights: Tensor) -> LossTerms:
+        """As `ValueObjective`, on the scale that each row's values and returns are on."""
+        values = _on_score_scale(output, mean=batch.score_mean, std=batch.score_std)
+        return self._standardized(values, batch, row_weights)
+
+
+def _on_score_scale(output: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
+    """`[batch, columns]` output of the critic, shifted and scaled by row like the scores."""
+    return (output - mean[:, None]) / std[:, None]

@@ -261,15 +261,20 @@ class RunConfig(ConfigModel):
             LayoutError: A role's degrees do not fit the number of processes.
             ConfigError: Rows and mini-batches do not fit.
         """
-        for role in (self.models.actor, self.models.reward):
+        roles = {"actor": self.models.actor, "reward": self.models.reward}
+        for name, role in roles.items():
             role.layout(self.launch.world_size)
+            if role.shape is not None:
+                self._check_positions(name, role.shape.max_positions)
         self.rlhf.ppo.check_rows(self.rlhf.batch_prompts)
+
+    def _check_positions(self, role: str, max_positions: int) -> None:
+        """Refuses rows that are longer than a model's position table."""
         longest = self.data.max_prompt_tokens + self.rlhf.sampling.max_new_tokens
-        shape = self.models.actor.shape
-        if shape is not None and max(longest, self.data.max_tokens) > shape.max_positions:
+        if max(longest, self.data.max_tokens) > max_positions:
             raise ConfigError(
                 f"data.max_prompt_tokens {self.data.max_prompt_tokens} + "
                 f"rlhf.sampling.max_new_tokens {self.rlhf.sampling.max_new_tokens} = {longest}, "
-                f"data.max_tokens {self.data.max_tokens}, but models.actor.shape.max_positions is "
-                f"{shape.max_positions}: raise it or shorten the rows"
+                f"data.max_tokens {self.data.max_tokens}, but models.{role}.shape.max_positions is "
+                f"{max_positions}: raise it or shorten the rows"
             )

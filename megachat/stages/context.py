@@ -30,6 +30,8 @@ STAGE_FOLDERS: Mapping[Stage, str] = {
     Stage.PROMPTS: "rlhf",
 }
 TOKENIZER_FOLDER = "tokenizer"
+TOKENIZER_RECORD = "tokenizer.fingerprint"
+"""Beside the tokenizer's folder, written when that is complete: what it was made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,15 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
 def tokenizer_folder(config: RunConfig) -> Path:
     """Where the run keeps the tokenizer that all its models share."""
     return config.run.output / TOKENIZER_FOLDER
+
+
+def tokenizer_fingerprint(config: RunConfig) -> str:
+    """Hash of everything that determines the run's tokenizer."""
+    section = config.tokenizer
+    if section.train is None:
+        return fingerprint({"path": section.path or config.models.actor.model})
+    data = config.data.model_dump(mode="json", exclude={"cache_dir"})
+    return fingerprint({"train": section.train.model_dump(mode="json"), "data": data})
 
 
 def stage_fingerprint(config: RunConfig, stage: Stage) -> str:

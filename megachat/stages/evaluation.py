@@ -71,7 +71,9 @@ def evaluate_policy(
         for batch in batches
     ]
     replies = [reply for rollout in rollouts for reply in decode_replies(rollout, tokenizer)]
-    statistics = [trainer.measure(rollout) for rollout in rollouts]
+    statistics = [
+        trainer.measure(rollout, temperature=sampling.temperature) for rollout in rollouts
+    ]
     num_tokens = sum(int(rollout.response_lengths.sum()) for rollout in rollouts)
     return PolicyEvaluation(
         prompts=[text for batch in batches for text in decode_prompts(batch, tokenizer)],

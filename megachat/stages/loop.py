@@ -11,7 +11,7 @@ from megachat.errors import DataError
 from megachat.stages.config import RunConfig
 from megachat.stages.context import tokenizer_folder
 
-_EVALUATION_ROWS = 64
+_EVALUATION_ROWS = 256
 """Rows of a global batch of evaluation."""
 
 

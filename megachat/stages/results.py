@@ -43,14 +43,23 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically: a reader sees the old file or the new one.
+    """Writes a JSON file atomically.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: a reader sees the old file or the new one.
 
     Raises:
         ConfigError: The folder cannot be written.
     """
     draft = path.with_name(f".{path.name}.draft")
     try:
-        draft.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot write: {error.strerror}") from error
@@ -75,7 +84,7 @@ def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | Non
         values = json.loads(path.read_text(encoding="utf-8"))
         replies = [Reply(**reply) for reply in values.pop("replies")]
         result = StageResult(replies=replies, **values)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not a stage result ({error}): delete the folder {folder} to run it again"
         ) from error

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 
-from megachat.checkpoint.huggingface import save_huggingface
+from megachat.checkpoint.huggingface import MissingHead, save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PreferenceLoader, endless
 from megachat.data.stage_data import build_stage_data
@@ -91,7 +91,14 @@ def _start(context: RunContext) -> OptModel:
     options = role.options(dropout=config.dropout, attention_dropout=config.attention_dropout)
     if role.model == FROM_SFT:
         folder = context.model_folder(Stage.SFT)
-        return load_model(context, role, folder, head=Head.SCALAR, options=options)
+        return load_model(
+            context,
+            role,
+            folder,
+            head=Head.SCALAR,
+            options=options,
+            missing_head=MissingHead.INITIALISE,
+        )
     return start_model(context, role, head=Head.SCALAR, options=options)
 
 

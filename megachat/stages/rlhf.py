@@ -7,6 +7,7 @@ from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PromptLoader, endless
 from megachat.data.stage_data import build_stage_data
+from megachat.data.tokenizer import Tokenizer
 from megachat.generation.generator import Generator
 from megachat.model.config import Head
 from megachat.parallel.rng import seed_for
@@ -66,7 +67,8 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
     ):
         with timers.phase("evaluate"):
             before = evaluate()
-        trainer.calibrate(next(iter(loader)))
+        with timers.phase("calibrate"):
+            trainer.calibrate(loader)
         for step, prompts in zip(range(num_steps), endless(loader), strict=False):
             progress.advance(ppo_step(trainer, prompts, step=step, metrics=metrics))
         with timers.phase("evaluate"):
@@ -138,7 +140,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         generator=Generator(
             actor,
             stop_ids=(tokenizer.eos_id,),
-            suppressed_ids=[i for i in tokenizer.special_ids if i != tokenizer.eos_id],
+            suppressed_ids=unspeakable_ids(tokenizer, vocab_size=actor.config.vocab_size),
         ),
         critic=TrainEngine(
             critic,
@@ -150,6 +152,12 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
         reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
     )
+
+
+def unspeakable_ids(tokenizer: Tokenizer, *, vocab_size: int) -> list[int]:
+    """Ids that no reply may hold: control tokens but the end, and rows without a token (OPT: 7)."""
+    controls = [control for control in tokenizer.special_ids if control != tokenizer.eos_id]
+    return controls + list(range(tokenizer.vocab_size, vocab_size))
 
 
 def _replies(before: PolicyEvaluation, after: PolicyEvaluation, *, count: int) -> list[Reply]:

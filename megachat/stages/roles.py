@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megachat.checkpoint.hub import local_folder
 from megachat.checkpoint.huggingface import MissingHead, load_huggingface, read_config
+from megachat.errors import ConfigError
 from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.rng import seed_for
@@ -36,7 +37,14 @@ def start_model(
     """A model with the weights that a role starts training from."""
     if role.shape is None:
         assert role.model is not None, "a role has a model or a shape"
-        return load_model(context, role, local_folder(role.model), head=head, options=options)
+        return load_model(
+            context,
+            role,
+            local_folder(role.model),
+            head=head,
+            options=options,
+            missing_head=MissingHead.INITIALISE,
+        )
     return OptModel(
         opt_config(context, role),
         groups=context.groups(role),
@@ -47,14 +55,36 @@ def start_model(
 
 
 def load_model(
-    context: RunContext, role: RoleSection, folder: Path, *, head: Head, options: ModelOptions
+    context: RunContext,
+    role: RoleSection,
+    folder: Path,
+    *,
+    head: Head,
+    options: ModelOptions,
+    missing_head: MissingHead = MissingHead.REFUSE,
 ) -> OptModel:
     """A model with the weights of a HuggingFace folder, cut for a role's layout.
 
-    A scalar head that the folder lacks starts at random.
+    Args:
+        context: Of the run.
+        role: Its layout.
+        folder: A language model or a scored one.
+        head: What the model computes.
+        options: How it runs.
+        missing_head: Whether a scalar head that the folder lacks starts at random.
+
+    Raises:
+        CheckpointError: The folder is not a complete OPT.
+        ConfigError: The tokenizer has ids that the model has no embedding for.
     """
+    config = read_config(folder)
+    if config.vocab_size < context.tokenizer.vocab_size:
+        raise ConfigError(
+            f"{folder}: vocab_size is {config.vocab_size}, but the run's tokenizer has "
+            f"{context.tokenizer.vocab_size} ids: use the tokenizer that the model was trained with"
+        )
     model = OptModel(
-        read_config(folder),
+        config,
         groups=context.groups(role),
         head=head,
         options=options,
@@ -63,7 +93,7 @@ def load_model(
     load_huggingface(
         model,
         folder,
-        missing_head=MissingHead.INITIALISE,
+        missing_head=missing_head,
         seed=seed_for(context.config.run.seed, "init", head),
     )
     return model

@@ -9,19 +9,28 @@ from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
-from megachat.errors import CheckpointError
+from megachat.errors import CheckpointError, ConfigError
 from megachat.parallel.collectives import barrier
 from megachat.parallel.launch import Worker
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
     STAGE_TITLES,
+    TOKENIZER_RECORD,
     RunContext,
     prepare_output,
     stage_fingerprint,
     stage_folder,
+    tokenizer_fingerprint,
     tokenizer_folder,
 )
-from megachat.stages.results import MODEL_FOLDER, StageResult, read_result, write_json, write_result
+from megachat.stages.results import (
+    MODEL_FOLDER,
+    StageResult,
+    read_result,
+    write_json,
+    write_result,
+    write_text,
+)
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
 from megachat.stages.sft import run_sft
@@ -49,13 +58,14 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     started = time.monotonic()
     prepare_output(config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
+    done = completed_stages(config)
+    _require_inputs(config, done, first=stages[0])
     if worker.rank == 0:
         write_json(config.run.output / "config.json", config.model_dump(mode="json"))
-    _require_inputs(config, stages[0])
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(worker, config))
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
-        if completed(config, stage) is not None:
+        if stage in done:
             logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
             continue
         result = _RUNNERS[stage](context, title)
@@ -69,25 +79,26 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
 
 def describe_run(config: RunConfig) -> str:
     """The resolved configuration as JSON and the layouts of the roles, for `--dry-run`."""
-    world_size = config.launch.world_size
+    world_size, done = config.launch.world_size, completed_stages(config)
     lines = [config.model_dump_json(indent=2), f"ranks: {world_size}"]
     for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
         lines.append(f"layout of {name}: {role.layout(world_size)}")
     for stage in Stage:
-        state = "complete" if completed(config, stage) is not None else "to run"
+        state = "complete" if stage in done else "to run"
         lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
     return "\n".join(lines)
 
 
 def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
-    """The tokenizer in the run folder, trained or copied there by the first rank to arrive.
+    """The tokenizer in the run folder, trained or copied there by the first rank.
 
     Raises:
         CheckpointError: The tokenizer cannot be found.
+        ConfigError: The folder holds one that was made under another configuration.
         DataError: There is nothing to train it on, or it breaks a rule.
     """
     folder = tokenizer_folder(config)
-    if worker.rank == 0 and not (folder / "tokenizer.json").is_file():
+    if worker.rank == 0 and not _has_tokenizer(config):
         section = config.tokenizer
         if section.train is not None:
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
@@ -95,22 +106,45 @@ def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
         else:
             source = section.path or str(local_folder(config.models.actor.model or ""))
             Tokenizer.load(source).save(folder)
+        write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
     barrier()
     return Tokenizer.load(folder)
 
 
-def completed(config: RunConfig, stage: Stage) -> StageResult | None:
-    """The result of a stage whose outputs are all there, else None.
+def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
+    """The results of the stages whose outputs are all there.
 
     Raises:
-        ConfigError: It was completed under another configuration.
+        CheckpointError: A result file is not one.
+        ConfigError: A stage, asked for or not, was completed under another configuration.
     """
-    folder = stage_folder(config, stage)
-    result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
-    return result if is_complete(folder / MODEL_FOLDER) else None
+    done: dict[Stage, StageResult] = {}
+    for stage in Stage:
+        folder = stage_folder(config, stage)
+        result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
+        if result is not None and is_complete(folder / MODEL_FOLDER):
+            done[stage] = result
+    return done
 
 
-def _require_inputs(config: RunConfig, first: Stage) -> None:
+def _has_tokenizer(config: RunConfig) -> bool:
+    """Whether the run folder holds the tokenizer of this configuration.
+
+    Raises:
+        ConfigError: It holds that of another one.
+    """
+    folder, record = tokenizer_folder(config), config.run.output / TOKENIZER_RECORD
+    if not (folder / "tokenizer.json").is_file() or not record.is_file():
+        return False
+    if record.read_text(encoding="utf-8") != tokenizer_fingerprint(config):
+        raise ConfigError(
+            f"{folder}: made under another configuration of tokenizer or data: choose another "
+            "run.output or delete the folder"
+        )
+    return True
+
+
+def _require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
     """Checks that the stages before the first one to run have left their models.
 
     Raises:
@@ -119,7 +153,7 @@ def _require_inputs(config: RunConfig, first: Stage) -> None:
     for stage in Stage:
         if stage is first:
             return
-        if completed(config, stage) is None:
+        if stage not in done:
             raise CheckpointError(
                 f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
                 f"incomplete, and stage '{first}' needs it: run that stage first"

@@ -1,6 +1,5 @@
 """The one place that tells a person what a run did: closing summary and report."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -12,12 +11,10 @@ from megachat.stages.context import (
     stage_fingerprint,
     stage_folder,
 )
-from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
+from megachat.stages.results import MODEL_FOLDER, StageResult, read_result, write_text
 from megachat.telemetry.log import active_console
 from megachat.telemetry.progress import format_duration
 from megachat.telemetry.report import Chart, Highlight, RunSummary, Sample, Table, write_report
-
-logger = logging.getLogger(__name__)
 
 _CHARTS = (
     Chart(stage="sft", title="Loss", metrics=("sft/loss",)),
@@ -67,12 +64,12 @@ def write_run_report(config: RunConfig, *, command: str, duration_s: float) -> N
         },
     )
     files = write_report(config.run.output, summary)
-    for line in summary_lines(summary):
-        logger.info("%s", line)
-    logger.info("report: %s", files.html)
+    text = "\n".join([*summary_lines(summary), f"report: {files.html}"])
+    write_text(config.run.output / "summary.txt", text + "\n")
     console = active_console()
     if console is not None:
         console.rule()
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def summary_lines(summary: RunSummary) -> Iterator[str]:

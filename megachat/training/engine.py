@@ -4,7 +4,8 @@
 batches: each data rank runs its rows, and results are global on every rank, whatever the layout.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -84,6 +85,36 @@ class _Stage:
         self.set_input_tensor = model.set_input_tensor
 
 
+class _PlannedTransfers(P2PCommunicator):  # type: ignore[misc]
+    """Pipeline transfers of micro-batches that each keep their own length.
+
+    Every stage knows the plan, so the shapes that megatron's stages would send each other ahead of
+    each transfer are looked up here. Padding all micro-batches to one length would cost time, and
+    make dropout masks depend on which rows share a data rank.
+    """
+
+    def __init__(self, model: OptModel, micro_batches: Sequence[_MicroBatch[Any]]) -> None:
+        """Notes the shape of each micro-batch's hidden states."""
+        config = copy.copy(model.transformer_config)
+        config.variable_seq_lengths = True
+        super().__init__(model.groups.pipeline, config)
+        parts = model.groups.layout.tensor if config.sequence_parallel else 1
+        shapes = [
+            (micro_batch.tokens.shape[1] // parts, len(micro_batch.tokens), config.hidden_size)
+            for micro_batch in micro_batches
+        ]
+        self._from_previous, self._from_next = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(
+        self, _send_next: Any, _send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Megatron's question before each transfer; in each direction they come in order."""
+        return (
+            next(self._from_previous) if recv_prev else (),
+            next(self._from_next) if recv_next else (),
+        )
+
+
 class ForwardEngine:
     """Runs one role's model forward under its layout: evaluation and scoring."""
 
@@ -104,7 +135,7 @@ class ForwardEngine:
     def vocab_start(self) -> int:
         """First vocabulary id of this rank's slice of the logits."""
         tensor = self.groups.layout.tensor
-        return self.groups.coordinate.tensor * self.model.config.padded_vocab(tensor) // tensor
+        return self.groups.coordinate.tensor * self.model.padded_vocab // tensor
 
     @torch.no_grad()
     def evaluate(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
@@ -151,8 +182,6 @@ class ForwardEngine:
         shard = plan.shards[self.groups.coordinate.data]
         selected = [batch.select(torch.tensor(cut.rows)) for cut in shard]
         longest = [int(inputs.row_lengths(part).max()) for part in selected]
-        if self.groups.layout.pipeline > 1:  # stages exchange tensors of one shape
-            longest = [max(longest)] * len(longest)
         micro_batches = [
             _MicroBatch(
                 batch=part.to(self.device),
@@ -185,7 +214,6 @@ class ForwardEngine:
             before_forward(micro_batch)
             return self.model(micro_batch.tokens), partial(_call, collect, micro_batch)
 
-        config = self.model.transformer_config
         pipelined = self.groups.layout.pipeline > 1
         schedule = (
             forward_backward_pipelining_without_interleaving
@@ -193,6 +221,7 @@ class ForwardEngine:
             else forward_backward_no_pipelining
         )
         rows, seq = micro_batches[0].tokens.shape
+        transfers = _PlannedTransfers(self.model, micro_batches) if pipelined else None
         collected: list[Any] = schedule(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
@@ -202,7 +231,7 @@ class ForwardEngine:
             micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
-            p2p_communicator=P2PCommunicator(self.groups.pipeline, config) if pipelined else None,
+            p2p_communicator=transfers,
             pg_collection=self.groups.megatron,
         )
         return collected

@@ -5,8 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -119,33 +119,34 @@ def test_score_at_the_last_token_is_what_transformers_computes(tmp_path: Path) -
     torch.testing.assert_close(own, found)
 
 
-def _save_as_bf16(folder: Path, source: Path) -> None:
-    model = ref.build_model(ref.PRE_LN, ParallelLayout.for_world(4, tensor=2), seed=4)
-    extra = {"tokenizer.json": source}
-    save_huggingface(model, folder, dtype=torch.bfloat16, extra_files=extra)
+def _save_as_bf16(folder: Path, sources: list[Path]) -> None:
+    model = ref.build_model(
+        ref.PRE_LN, ParallelLayout.for_world(dist.get_world_size(), tensor=2), seed=4
+    )
+    for source in sources:
+        extra = {"tokenizer.json": source}
+        save_huggingface(model, folder, dtype=torch.bfloat16, extra_files=extra)
 
 
 def test_another_dtype_and_extra_files_are_honoured_and_an_earlier_export_replaced(
     tmp_path: Path,
 ) -> None:
-    source = tmp_path / "some tokenizer"
-    source.write_text("{}")
+    sources = [tmp_path / "old", tmp_path / "new"]
+    for source in sources:
+        source.write_text(source.name)
     target = tmp_path / "deep" / "model"
-    run_ranks(4, _save_as_bf16, target, source)
+    run_ranks(4, _save_as_bf16, target, sources)
     assert {value.dtype for value in folders.read_folder(target).values()} == {torch.bfloat16}
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
-    assert (target / "tokenizer.json").read_text() == "{}"
+    assert (target / "tokenizer.json").read_text() == "new"
     assert is_complete(target)
-    source.write_text("[]")
-    run_ranks(4, _save_as_bf16, target, source)
-    assert (target / "tokenizer.json").read_text() == "[]"
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
 
 def test_an_export_that_lost_a_file_or_part_of_one_is_not_complete(tmp_path: Path) -> None:
     source = tmp_path / "tokenizer"
     source.write_text("{}")
-    run_ranks(4, _save_as_bf16, tmp_path / "whole", source)
+    run_ranks(2, _save_as_bf16, tmp_path / "whole", [source])
 
     def spoiled(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "whole", tmp_path / name))
@@ -160,24 +161,9 @@ def test_an_export_that_lost_a_file_or_part_of_one_is_not_complete(tmp_path: Pat
     assert not is_complete(tmp_path / "absent")
 
 
-def _fail_to_save(
-    folder: Path, degrees: dict[str, int], break_disk: str, options: dict[str, Any]
-) -> tuple[str, str]:
+def _error_of_saving(folder: Path, degrees: dict[str, int], **options: Any) -> tuple[str, str]:
     """The error that this rank gets."""
     model = ref.build_model(ref.PRE_LN, ParallelLayout.for_world(4, **degrees), seed=4)
-    original = writer.save_file
-
-    def full_disk(tensors: dict[str, Tensor], path: Path, **rest: Any) -> None:
-        if "00003" in path.name:
-            raise OSError(28, "No space left on device")
-        original(tensors, path, **rest)
-
-    if break_disk == "while writing":
-        writer.save_file = full_disk
-    elif break_disk == "before":
-        writer.shutil = SimpleNamespace(  # type: ignore[assignment]
-            disk_usage=lambda _: SimpleNamespace(free=1000), rmtree=shutil.rmtree
-        )
     try:
         save_huggingface(model, folder, max_shard_bytes=9_000, **options)
     except MegachatError as error:
@@ -185,38 +171,68 @@ def _fail_to_save(
     return "none", ""
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS[:3], ids=str)
+def _save_on_a_disk_that_fills_up(folder: Path) -> list[tuple[str, str]]:
+    original = writer.save_file
+
+    def full_disk(tensors: dict[str, Tensor], path: Path, **rest: Any) -> None:
+        if "00003" in path.name:
+            raise OSError(28, "No space left on device")
+        original(tensors, path, **rest)
+
+    writer.save_file = full_disk
+    return [_error_of_saving(folder, degrees) for degrees in LAYOUTS]
+
+
 def test_a_disk_that_fills_up_while_writing_ends_every_rank_and_leaves_nothing(
-    tmp_path: Path, degrees: dict[str, int]
+    tmp_path: Path,
 ) -> None:
     target = tmp_path / "model"
-    errors = run_ranks(4, _fail_to_save, target, degrees, "while writing", {})
-    assert len(set(errors)) == 1
-    assert errors[0][0] == "CheckpointError"
-    assert f"{target}: cannot write" in errors[0][1] and "No space left" in errors[0][1]
+    ranks = run_ranks(4, _save_on_a_disk_that_fills_up, target)
+    for errors in zip(*ranks, strict=True):
+        assert len(set(errors)) == 1
+        assert errors[0][0] == "CheckpointError"
+        assert f"{target}: cannot write" in errors[0][1] and "No space left" in errors[0][1]
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_on_a_small_disk(folder: Path) -> tuple[str, str]:
+    writer.shutil = SimpleNamespace(  # type: ignore[assignment]
+        disk_usage=lambda _: SimpleNamespace(free=1000), rmtree=shutil.rmtree
+    )
+    return _error_of_saving(folder, {"tensor": 2})
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path: Path) -> None:
-    errors = run_ranks(4, _fail_to_save, tmp_path / "model", {"tensor": 2}, "before", {})
+    errors = run_ranks(4, _save_on_a_small_disk, tmp_path / "model")
     assert {kind for kind, _ in errors} == {"CapacityError"}
     assert "but the disk has 1000 free" in errors[0][1]
     assert list(tmp_path.iterdir()) == []
+
+
+def _save_to_bad_targets(folder: Path) -> list[tuple[str, str]]:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("file", {}),
+        ("file/model", {}),
+        ("folder", {}),
+        ("a", {"extra_files": {"t.json": folder / "absent"}}),
+        ("b", {"extra_files": {"../t": folder / "file"}}),
+    ]
+    return [_error_of_saving(folder / name, {"pipeline": 2}, **options) for name, options in cases]
 
 
 def test_targets_that_cannot_be_written_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
-    cases: list[tuple[Path, dict[str, Any], str]] = [
-        (tmp_path / "file", {}, "exists and is not a folder"),
-        (tmp_path / "file" / "model", {}, "cannot write"),
-        (tmp_path / "folder", {}, "holds thesis.txt and is no earlier export"),
-        (tmp_path / "a", {"extra_files": {"t.json": tmp_path / "absent"}}, "no such file"),
-        (tmp_path / "b", {"extra_files": {"../t": tmp_path / "file"}}, "cannot be copied as ../t"),
-    ]
-    for target, options, words in cases:
-        errors = run_ranks(4, _fail_to_save, target, {"pipeline": 2}, "", options)
+    expected = (
+        "exists and is not a folder",
+        "cannot write",
+        "holds thesis.txt and is no earlier export",
+        "no such file",
+        "cannot be copied as ../t",
+    )
+    ranks = run_ranks(4, _save_to_bad_targets, tmp_path)
+    for words, errors in zip(expected, zip(*ranks, strict=True), strict=True):
         assert len(set(errors)) == 1
         assert errors[0][0] == "CheckpointError"
         assert words in errors[0][1]

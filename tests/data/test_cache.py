@@ -3,6 +3,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 
 from megachat.data.cache import DataCache, content_key
@@ -94,6 +95,22 @@ def test_build_that_loses_a_race_without_locks_uses_the_winner(tmp_path: Path) -
     entry = cache.get_or_build("a", {}, build)
     assert other_done.is_set()
     assert (entry / "number").read_text() == "first"
+
+
+def test_file_system_without_locks_still_gives_whole_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what another rank is building at the same time is left alone."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    other = tmp_path / f"a-{content_key({})}.building-1-x"
+    other.mkdir()
+    entry = DataCache(tmp_path).get_or_build("a", {}, write_number)
+    assert (entry / "number").read_text() == "7"
+    assert other.is_dir()
 
 
 def test_file_digest_follows_the_content(tmp_path: Path) -> None:

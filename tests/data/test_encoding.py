@@ -154,9 +154,7 @@ def test_truncated_answer_gets_no_end(tokenizer: Tokenizer) -> None:
 
 def test_answer_that_just_fits_keeps_its_end(tokenizer: Tokenizer) -> None:
     room = len(ids(tokenizer, CHOSEN)) + 1
-    (row,), encoder = encode(
-        tokenizer, Stage.SFT, [(PROMPT, CHOSEN, None)], max_answer_tokens=room
-    )
+    (row,), encoder = encode(tokenizer, Stage.SFT, [(PROMPT, CHOSEN, None)], max_answer_tokens=room)
     assert row["tokens"][-1] == tokenizer.eos_id and not encoder.counts
 
 

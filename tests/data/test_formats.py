@@ -65,9 +65,9 @@ RECORDS: Mapping[str, tuple[dict[str, Any], Row]] = {
                 {"docid": "1", "title": "a", "text": "因为。"},
                 {"docid": "2", "title": "a", "text": "也许。"},
             ],
-            "negative_passages": [{"docid": "3", "title": "b", "text": "不。"}],
+            "negative_passages": [{"docid": "3", "title": "b", "text": "不 是。"}],
         },
-        Row(prompt=" Human: 为什么？ Assistant:", chosen=" 因为。", rejected=" 不。"),
+        Row(prompt=" Human: 为什么？ Assistant:", chosen=" 因为。", rejected=" 不 是。"),
     ),
     "Cohere/miracl-ja-queries-22-12": (
         {

@@ -170,16 +170,12 @@ def test_number_of_batches_is_what_len_says(
 
 
 def test_last_batch_is_filled_with_rows_of_the_same_epoch(tmp_path: Path) -> None:
-    loader = prompts(
-        tmp_path, [1] * 5, batch_size=3, last=LastBatch.FILL, order=Order.SEQUENTIAL
-    )
+    loader = prompts(tmp_path, [1] * 5, batch_size=3, last=LastBatch.FILL, order=Order.SEQUENTIAL)
     assert ids(list(loader)) == [0, 1, 2, 3, 4, 0]
 
 
 def test_batch_larger_than_the_set_can_be_filled(tmp_path: Path) -> None:
-    loader = prompts(
-        tmp_path, [1] * 2, batch_size=5, last=LastBatch.FILL, order=Order.SEQUENTIAL
-    )
+    loader = prompts(tmp_path, [1] * 2, batch_size=5, last=LastBatch.FILL, order=Order.SEQUENTIAL)
     assert ids(list(loader)) == [0, 1, 0, 1, 0]
 
 
@@ -231,9 +227,7 @@ def test_rows_of_another_stage_are_refused(tmp_path: Path) -> None:
         SftLoader(rows, LoaderOptions(batch_size=1))
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"batch_size": 1, "length_multiple": 0}]
-)
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": 1, "length_multiple": 0}])
 def test_impossible_sizes_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be at least 1"):
         LoaderOptions(**options)

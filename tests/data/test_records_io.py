@@ -12,7 +12,10 @@ from megachat.data.records_io import RawRecord, read_dataset, read_file
 from megachat.errors import DataError
 from tests.data.samples import pairs, write_jsonl
 
-ROWS: list[dict[str, Any]] = [*pairs(3), {"prompt": 'a "quoted" line\n', "chosen": "\u96e8\U0001f327"}]
+ROWS: list[dict[str, Any]] = [
+    *pairs(3),
+    {"prompt": 'a "quoted" line\n', "chosen": "\u96e8\U0001f327"},
+]
 
 
 def values(path: Path) -> list[Any]:
@@ -53,8 +56,17 @@ def test_array_is_read_across_block_borders(
     assert values(path) == rows
 
 
+@pytest.mark.parametrize("as_array", [True, False])
+def test_byte_order_mark_is_passed_over(tmp_path: Path, as_array: bool) -> None:
+    text = json.dumps(ROWS) if as_array else "\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
+    assert values(tmp_path / "a.json") == ROWS
+
+
 def test_broken_lines_are_records_with_a_reason(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, "{broken", "", "[1]", {"prompt": "y"}])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "x"}, "{broken", "", "[1]", {"prompt": "y"}]
+    )
     first, broken, number, last = read_file(path)
     assert (first.row, first.value) == (1, {"prompt": "x"})
     assert (broken.row, broken.value) == (2, None)

@@ -16,9 +16,7 @@ from tests.data.test_formats import INSTALLED, RECORDS
 
 def opened(tmp_path: Path, name: str = "mine", **options: Any) -> dict[str, list[Any]]:
     """The raw records of each split."""
-    source = open_source(
-        SourceConfig(name=name, **options), cache=DataCache(tmp_path / "cache")
-    )
+    source = open_source(SourceConfig(name=name, **options), cache=DataCache(tmp_path / "cache"))
     return {split: [record.value for record in read()] for split, read in source.splits.items()}
 
 

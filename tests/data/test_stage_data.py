@@ -3,12 +3,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from megachat.data import stage_data as module
 from megachat.data.config import SourceConfig, Stage
 from megachat.data.loaders import LoaderOptions, PreferenceLoader, PromptLoader, SftLoader
-from megachat.data.sources import RawRecord
 from megachat.data.stage_data import build_stage_data, training_texts
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import DataError
@@ -21,6 +21,7 @@ from tests.data.samples import (
     train_tiny,
     write_jsonl,
 )
+from tests.data.test_formats import RECORDS
 
 
 def row_ids(data: module.StageData) -> tuple[set[int], set[int]]:
@@ -31,9 +32,7 @@ def row_ids(data: module.StageData) -> tuple[set[int], set[int]]:
     )
 
 
-def test_stages_and_their_held_out_rows_are_disjoint(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_stages_and_their_held_out_rows_are_disjoint(tmp_path: Path, tokenizer: Tokenizer) -> None:
     config = local_config(tmp_path, pairs(200))
     sizes, everything = {}, []
     for stage in Stage:
@@ -45,9 +44,7 @@ def test_stages_and_their_held_out_rows_are_disjoint(
     assert sorted(everything) == list(range(200))
 
 
-def test_split_is_the_same_again_and_differs_by_seed(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_split_is_the_same_again_and_differs_by_seed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     def rows(name: str, seed: int) -> tuple[set[int], set[int]]:
         config = local_config(tmp_path, pairs(60), seed=seed, cache_dir=tmp_path / name)
         return row_ids(build_stage_data(config, stage=Stage.SFT, tokenizer=tokenizer))
@@ -254,9 +251,7 @@ def test_training_texts_leave_held_out_rows_out(tmp_path: Path, tokenizer: Token
     held_out = {
         row.prompt + row.chosen
         for stage in Stage
-        for row in build_stage_data(
-            config, stage=stage, tokenizer=tokenizer
-        ).validation.texts()
+        for row in build_stage_data(config, stage=stage, tokenizer=tokenizer).validation.texts()
     }
     assert len(texts) == 90 and len(held_out) == 10
     assert not texts & held_out
@@ -278,7 +273,32 @@ def build(config: Any, stage: Stage, tokenizer: Tokenizer) -> module.TokenSet:
     return build_stage_data(config, stage=stage, tokenizer=tokenizer).train
 
 
-def test_raw_records_are_numbered_like_their_file(tmp_path: Path) -> None:
-    """What a log line says can be found with `sed -n`."""
-    record = RawRecord(file="a.jsonl", row=3, value={"prompt": "x"})
-    assert (record.row, record.problem) == (3, None)
+@pytest.mark.parametrize("name", sorted(RECORDS))
+def test_local_copy_of_every_public_data_set_becomes_batches(
+    tmp_path: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    record, row = RECORDS[name]
+    saved = datasets.Dataset.from_list([record] * 10)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
+    config = data_config(
+        tmp_path,
+        SourceConfig(name=name, path=tmp_path / "saved", split=(1, 1, 0)),
+        max_prompt_tokens=64,
+        max_tokens=96,
+    )
+    data = build_stage_data(config, stage=Stage.SFT, tokenizer=tokenizer)
+    expected = [*tokenizer.encode(row.prompt), *tokenizer.encode(row.chosen), tokenizer.eos_id]
+    for batch in SftLoader(data.train, LoaderOptions(batch_size=5)):
+        assert batch.tokens.tolist() == [expected] * 5
+    if row.rejected is None:
+        with pytest.raises(DataError, match="dropped: no rejected answer"):
+            build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
+        return
+    reward = build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
+    (pairs_batch,) = PreferenceLoader(reward.train, LoaderOptions(batch_size=5))
+    end = int(pairs_batch.lengths[0, 1])
+    assert pairs_batch.tokens[0, 1, :end].tolist() == [
+        *tokenizer.encode(row.prompt),
+        *tokenizer.encode(row.rejected),
+        tokenizer.eos_id,
+    ]

@@ -155,7 +155,9 @@ def test_missing_folder_is_one_line(tmp_path: Path) -> None:
 
 def test_unknown_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
-    with pytest.raises(CheckpointError, match="not in the local cache, and the hub cannot") as caught:
+    with pytest.raises(
+        CheckpointError, match="not in the local cache, and the hub cannot"
+    ) as caught:
         Tokenizer.load("nobody/no-such-model")
     assert "\n" not in str(caught.value)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import OPTConfig as HuggingFaceConfig
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-from megachat.model import Head, ModelOptions, OptConfig, OptModel
+from megachat.model import Head, ModelOptions, OptConfig
+from megachat.model.opt import OptModel
 from megachat.parallel.collectives import all_reduce_sum
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout

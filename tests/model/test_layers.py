@@ -82,7 +82,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from megachat.errors import KernelError
 try:
-    import megachat.model
+    import megachat.model.layers
 except KernelError as error:
     print(error)
 """

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megachat.errors import CapacityError, ConfigError, LayoutError
-from megachat.model import OPT_MODELS, Head, ModelOptions, OptConfig, OptModel, Recompute
+from megachat.model import OPT_MODELS, Head, ModelOptions, OptConfig, Recompute
 from megachat.model.dropout import dropout_mask
+from megachat.model.opt import OptModel
 from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
@@ -176,33 +177,36 @@ def _gathered(model: OptModel) -> dict[str, str]:
     return hashes
 
 
-def _hash_initial_weights(config: OptConfig, head: Head) -> list[dict[str, str]]:
-    return [
-        _gathered(
-            ref.build_model(config, ParallelLayout.for_world(4, **degrees), head=head, seed=5)
-        )
-        for degrees in (
-            {},
-            {"tensor": 2},
-            {"tensor": 4},
-            {"tensor": 2, "pipeline": 2},
-            {"pipeline": 4},
-        )
-    ]
+def _hash_initial_weights() -> dict[str, list[dict[str, str]]]:
+    layouts: tuple[dict[str, int], ...] = (
+        {},
+        {"tensor": 2},
+        {"tensor": 4},
+        {"tensor": 2, "pipeline": 2},
+        {"pipeline": 4},
+    )
+    return {
+        f"{config.layer_norm_first} {head}": [
+            _gathered(
+                ref.build_model(config, ParallelLayout.for_world(4, **degrees), head=head, seed=5)
+            )
+            for degrees in layouts
+        ]
+        for config in (ref.PRE_LN, ref.POST_LN)
+        for head in Head
+    }
 
 
 def test_random_start_is_equal_for_every_layout() -> None:
-    for config in (ref.PRE_LN, ref.POST_LN):
-        for head in Head:
-            ranks = run_ranks(4, _hash_initial_weights, config, head)
-            whole = ranks[0][0]
-            for case in range(len(ranks[0])):
-                union: dict[str, str] = {}
-                for rank in ranks:
-                    for name, value in rank[case].items():
-                        assert whole[name] == value, f"case {case}: {name}"
-                    union |= rank[case]
-                assert union == whole
+    ranks = run_ranks(4, _hash_initial_weights)
+    for kind, (whole, *_) in ranks[0].items():
+        for case in range(len(ranks[0][kind])):
+            union: dict[str, str] = {}
+            for rank in ranks:
+                for name, value in rank[kind][case].items():
+                    assert whole[name] == value, f"{kind} case {case}: {name}"
+                union |= rank[kind][case]
+            assert union == whole
 
 
 KEYS = (101, 202, 303)

@@ -22,9 +22,9 @@ def test_table_of_every_size_holds_its_parameters(name: str, tensor: int) -> Non
 
 def test_scalar_head_adds_one_vector_of_the_width_of_the_embedding() -> None:
     for config in (PRE_LN, POST_LN):
-        base = parameter_specs(config, tensor=1, head=Head.LANGUAGE_MODEL)
+        base = {spec.name for spec in parameter_specs(config, tensor=1, head=Head.LANGUAGE_MODEL)}
         more = parameter_specs(config, tensor=1, head=Head.SCALAR)
-        added = [spec for spec in more if spec not in base]
+        added = [spec for spec in more if spec.name not in base]
         assert [(spec.name, spec.shape) for spec in added] == [
             ("head.score.weight", (1, config.embed_dim))
         ]

@@ -1,0 +1,81 @@
+"""The one place that knows which operations have several implementations, and picks one.
+
+An `Op` couples a name and a torch schema with the plain-torch reference that defines the result,
+the backends that compute it faster, and how far those may stray from the reference. Each kernel
+family has a module that creates its ops; callers pick an implementation once, before their loop:
+
+    attend = paged_attention_decode.on(backend)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from megachat.errors import KernelError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Backend(StrEnum):
+    """Who computes an operation."""
+
+    REFERENCE = "reference"
+    """Plain torch, on any device."""
+    CPU = "cpu"
+    """Kernels of this project for CPUs."""
+    CUDA = "cuda"
+    """Kernels of this project for NVIDIA GPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op(Generic[P, R]):
+    """One operation and its implementations."""
+
+    name: str
+    schema: str
+    """Arguments and results as torch writes them; what the backends register."""
+    reference: Callable[P, R]
+    """Defines the result."""
+    tolerance: Mapping[torch.dtype, float]
+    """Largest error of a backend against the reference in float64, relative to the largest
+    element of the result, for every dtype that the operation supports."""
+    backends: dict[Backend, Callable[P, R]] = field(default_factory=dict)
+
+    def on(self, backend: Backend) -> Callable[P, R]:
+        """The implementation of a backend.
+
+        Raises:
+            KernelError: The backend does not implement the operation.
+        """
+        if backend is Backend.REFERENCE:
+            return self.reference
+        if backend not in self.backends:
+            known = ", ".join([Backend.REFERENCE, *self.backends])
+            raise KernelError(
+                f"{self.name} has no {backend} backend here, only {known}: choose one of these"
+            )
+        return self.backends[backend]
+
+
+_OPS: dict[str, Op[Any, Any]] = {}
+
+
+def register(op: Op[P, R]) -> Op[P, R]:
+    """Enters an operation under its name and returns it.
+
+    Raises:
+        KernelError: The name is taken.
+    """
+    if op.name in _OPS:
+        raise KernelError(f"an operation named {op.name} is registered already: choose another")
+    _OPS[op.name] = op
+    return op
+
+
+def registered_ops() -> Mapping[str, Op[Any, Any]]:
+    """All operations of the kernel families that have been imported, by name."""
+    return dict(_OPS)

@@ -1,0 +1,100 @@
+"""Address-stable memory: pages come at the first write and go on release, addresses stay."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.errors import ConfigError, KernelError
+from megachat.parallel.memory import PAGE_BYTES, AddressStableBuffer
+
+CPU = torch.device("cpu")
+MEBIBYTE = 1 << 20
+
+
+def _resident_set() -> int:
+    """Bytes of this process in physical memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
+def test_memory_is_taken_at_the_first_write_only() -> None:
+    buffer = AddressStableBuffer(64 * MEBIBYTE, CPU)
+    assert buffer.resident_bytes() == 0
+    buffer.tensor()[: 8 * MEBIBYTE].fill_(1)
+    assert buffer.resident_bytes(0, 8 * MEBIBYTE) == 8 * MEBIBYTE
+    assert buffer.resident_bytes(16 * MEBIBYTE) == 0
+
+
+def test_release_returns_pages_to_the_system_and_keeps_the_address() -> None:
+    buffer = AddressStableBuffer(64 * MEBIBYTE, CPU)
+    view, address = buffer.tensor().view(torch.float32), buffer.address
+    view.fill_(3.0)
+    filled = _resident_set()
+    buffer.release()
+    assert buffer.resident_bytes() == 0
+    assert filled - _resident_set() > 60 * MEBIBYTE
+    assert view.data_ptr() == buffer.address == address
+    assert float(view.sum()) == 0.0
+    view.fill_(2.0)
+    assert float(view[-1]) == 2.0
+
+
+def test_a_range_is_released_in_whole_pages_and_its_neighbours_stay() -> None:
+    buffer = AddressStableBuffer(8 * PAGE_BYTES, CPU)
+    data = buffer.tensor().fill_(7)
+    buffer.release(PAGE_BYTES + 1, 5 * PAGE_BYTES - 1)
+    expected = torch.full_like(data, 7)
+    expected[2 * PAGE_BYTES : 4 * PAGE_BYTES] = 0
+    # Compared before reading maps the zero page again.
+    assert buffer.resident_bytes(2 * PAGE_BYTES, 4 * PAGE_BYTES) == 0
+    assert torch.equal(data, expected)
+
+
+def test_a_range_within_one_page_releases_nothing() -> None:
+    buffer = AddressStableBuffer(PAGE_BYTES, CPU)
+    buffer.tensor().fill_(7)
+    buffer.release(1, PAGE_BYTES - 1)
+    assert int(buffer.tensor().min()) == 7
+
+
+def test_sizes_are_rounded_up_to_pages() -> None:
+    assert AddressStableBuffer(1, CPU).num_bytes == PAGE_BYTES
+    assert AddressStableBuffer(PAGE_BYTES + 1, CPU).tensor().shape == (2 * PAGE_BYTES,)
+
+
+def test_more_than_the_machine_has_can_be_reserved() -> None:
+    buffer = AddressStableBuffer(1 << 40, CPU)
+    buffer.tensor()[-1] = 5
+    assert int(buffer.tensor()[-1]) == 5
+
+
+def test_a_view_outlives_the_buffer_object() -> None:
+    buffer = AddressStableBuffer(PAGE_BYTES, CPU)
+    view = buffer.tensor().view(torch.int64)
+    view.fill_(11)
+    del buffer
+    gc.collect()
+    assert int(view.sum()) == 11 * view.numel()
+
+
+def test_memory_returns_when_the_last_view_goes() -> None:
+    before = _resident_set()
+    for _ in range(4):
+        AddressStableBuffer(64 * MEBIBYTE, CPU).tensor().fill_(1)
+    gc.collect()
+    assert _resident_set() - before < 32 * MEBIBYTE
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 0), (5, 4), (0, 3 * PAGE_BYTES)])
+def test_a_range_outside_the_buffer_is_refused(start: int, stop: int) -> None:
+    buffer = AddressStableBuffer(2 * PAGE_BYTES, CPU)
+    with pytest.raises(ConfigError, match=f"{start} to {stop} are no range"):
+        buffer.release(start, stop)
+
+
+def test_sizes_and_devices_that_cannot_be_served_are_refused() -> None:
+    with pytest.raises(ConfigError, match="0 were asked for"):
+        AddressStableBuffer(0, CPU)
+    with pytest.raises(KernelError, match="not on meta"):
+        AddressStableBuffer(1, torch.device("meta"))

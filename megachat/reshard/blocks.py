@@ -150,9 +150,7 @@ def _sharded_layer_blocks(
         )
 
 
-def _area(
-    specs: Sequence[TensorSpec], holders: tuple[int, ...], layout: ParallelLayout
-) -> Area:
+def _area(specs: Sequence[TensorSpec], holders: tuple[int, ...], layout: ParallelLayout) -> Area:
     return Area(
         specs=tuple(specs),
         holders=holders,

@@ -1,13 +1,10 @@
 """The one place that decides how training shards become generation shards in place.
 
 `build_reshard_plan` is pure: specifications and layouts in, records out. Every rank's part can be
-computed alone, so a plan for 512 ranks needs no process group and no memory.
+computed alone (`plan_rank`), so a plan for 512 ranks needs no process group and no memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from math import prod
 
 from megachat.errors import LayoutError
 from megachat.model.config import Head, OptConfig, vocab_multiple_for
@@ -18,190 +15,210 @@ from megachat.parallel.layout import (
     ParallelLayout,
     nearest_degrees,
 )
-from megachat.reshard.blocks import Area, Block, build_blocks, padded_elements
+from megachat.reshard.blocks import build_blocks
+from megachat.reshard.rank_plan import plan_rank
+from megachat.reshard.records import HopOrder, NodeSpan, RankPlan, ReshardPlan, Traffic
+
+__all__ = [
+    "DEFAULT_BUCKET_BYTES",
+    "HopOrder",
+    "NodeSpan",
+    "RankPlan",
+    "ReshardPlan",
+    "Traffic",
+    "build_reshard_plan",
+    "legal_degrees",
+    "plan_for_model",
+    "plan_rank",
+    "total_traffic",
+]
 
 DEFAULT_BUCKET_BYTES = 64 * 2**20
 """Most that a transfer may stage outside the arena."""
 
-_BLOCK_ALIGNMENT = 128
-"""Elements to which the start of a block is aligned: at least 256 bytes."""
+
+def build_reshard_plan(
+    specs: Sequence[TensorSpec],
+    *,
+    source: ParallelLayout,
+    target: ParallelLayout,
+    ranks_per_node: int | None = None,
+    node_span: NodeSpan = NodeSpan.REFUSE,
+    element_bytes: int = 2,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> ReshardPlan:
+    """Plans the way from a training layout to a tensor-only generation layout.
+
+    Args:
+        specs: Parameters of the whole model, the vocabulary padded for both tensor degrees.
+        source: Training layout.
+        target: Generation layout; pipeline degree 1, the same world.
+        ranks_per_node: Neighbouring ranks that share a node; None: all of them.
+        node_span: Whether a generation tensor group may span nodes.
+        element_bytes: Bytes of one parameter.
+        bucket_bytes: Most that one transfer may stage outside the arena (only a generation degree
+            above the training degree stages at all).
+
+    Raises:
+        LayoutError: The layouts do not nest, the parameters cannot be cut, or a generation group
+            spans nodes; names the nearest legal degrees.
+    """
+    _check_target(source, target)
+    legal = legal_degrees(specs, source=source, ranks_per_node=ranks_per_node, node_span=node_span)
+    if target.tensor not in legal:
+        raise LayoutError(
+            f"{_refusal(specs, source, target.tensor, ranks_per_node)}; nearest legal generation "
+            f"tensor degrees: {nearest_degrees(target.tensor, legal)}"
+        )
+    placement = GenerationPlacement(source=source, tensor=target.tensor)
+    return ReshardPlan(
+        placement=placement,
+        blocks=build_blocks(specs, layout=source),
+        order=_best_order(placement, ranks_per_node),
+        ranks_per_node=ranks_per_node,
+        element_bytes=element_bytes,
+        bucket_bytes=bucket_bytes,
+    )
 
 
-class HopOrder(StrEnum):
-    """How the shards of several stages and tiles come together."""
+def plan_for_model(
+    config: OptConfig,
+    *,
+    source: ParallelLayout,
+    target: ParallelLayout,
+    head: Head = Head.LANGUAGE_MODEL,
+    ranks_per_node: int | None = None,
+    node_span: NodeSpan = NodeSpan.REFUSE,
+    element_bytes: int = 2,
+) -> ReshardPlan:
+    """`build_reshard_plan` for an architecture, checked against its heads and MLP too.
 
-    DIRECT = "direct"
-    """One gather over all stages and tiles."""
-    STAGES_FIRST = "stages_first"
-    """Across stages on one tile each, then among the tiles: least between nodes."""
+    The model must be built with `ModelOptions.vocab_multiple` =
+    `vocab_multiple_for(source.tensor, target.tensor)`.
 
-
-class NodeSpan(StrEnum):
-    """Whether a generation tensor group may span nodes."""
-
-    REFUSE = "refuse"
-    ALLOW = "allow"
-
-
-class Scope(StrEnum):
-    """Ranks that take part in a gather."""
-
-    GATHER = "gather"
-    """All stages and tiles of one generation shard, by stage, then tile."""
-    PIPELINE = "pipeline"
-    """The stages of one training pipeline."""
-    TILES = "tiles"
-    """The tiles of one stage of a generation shard."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class View:
-    """A strided view of the arena, in elements."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether it covers one range of memory in order."""
-        return self.strides == contiguous_strides(self.shape)
+    Raises:
+        LayoutError: As `build_reshard_plan`, or a layout does not cut the model into equal parts.
+    """
+    config.validate_layout(source)
+    config.validate_layout(target)
+    multiple = vocab_multiple_for(source.tensor, target.tensor)
+    return build_reshard_plan(
+        parameter_specs(config, tensor=source.tensor, head=head, vocab_multiple=multiple),
+        source=source,
+        target=target,
+        ranks_per_node=ranks_per_node,
+        node_span=node_span,
+        element_bytes=element_bytes,
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gather:
-    """Slot i of every rank of the scope becomes what rank i of the scope has there."""
-
-    scope: Scope
-    slots: tuple[View, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One tensor that goes to, or comes from, another stage of the same training pipeline."""
-
-    stage: int
-    view: View
-    """Where it is in this rank's arena. Received pieces are contiguous."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exchange:
-    """Point-to-point transfers within a training pipeline that may run at the same time."""
-
-    sends: tuple[Piece, ...]
-    receives: tuple[Piece, ...]
-
-    @property
-    def staged_elements(self) -> int:
-        """Elements packed outside the arena, because what is sent is not contiguous."""
-        return sum(view.elements for view in {p.view for p in self.sends if not p.view.is_contiguous})
+def legal_degrees(
+    specs: Sequence[TensorSpec],
+    *,
+    source: ParallelLayout,
+    ranks_per_node: int | None = None,
+    node_span: NodeSpan = NodeSpan.REFUSE,
+) -> tuple[int, ...]:
+    """Generation tensor degrees that a training layout can be resharded to, ascending."""
+    return tuple(
+        degree
+        for degree in GenerationPlacement.legal_degrees(source)
+        if _uncut(specs, degree) is None
+        and (node_span is NodeSpan.ALLOW or _spanning_group(source, degree, ranks_per_node) is None)
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """The transfers of one block, to be run in order."""
-
-    block: str
-    layer: int | None
-    """Position within each stage of the layer that is complete after the layer's last step."""
-    transfers: tuple[Gather | Exchange, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Flat:
-    """Where the optimizer's flat buffer for one block lies."""
-
-    names: tuple[str, ...]
-    """Specifications in order; empty where this stage holds nothing of the block."""
-    offset: int
-    elements: int
-    """Of the parameters."""
-    padded_elements: int
-    """Of the buffer. Its padding lies over bytes that belong to other ranks' shards."""
+def _check_target(source: ParallelLayout, target: ParallelLayout) -> None:
+    """Generation has no pipeline and the same ranks."""
+    if target.pipeline != 1:
+        raise LayoutError(
+            f"generation layout {target} has pipeline degree {target.pipeline}: generation has no "
+            f"pipeline, use tensor {target.tensor} and pipeline 1"
+        )
+    if target.world_size != source.world_size:
+        raise LayoutError(
+            f"generation layout {target} has {target.world_size} ranks and training layout "
+            f"{source} has {source.world_size}: both must fill the same world"
+        )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weight:
-    """One parameter of the generation shard."""
-
-    spec: TensorSpec
-    view: View
-    """The generation shard of the parameter; with a leading dimension `tiles` where columns are
-    cut: `[tiles, out, in / training degree]`, or `[1, out, in / generation degree]` of the part."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Traffic:
-    """Bytes of one reshard for one rank; the way back moves none."""
-
-    received: int
-    received_inter_node: int
-    sent: int
-    """Counting each receiver; what a ring or a tree forwards is not counted."""
-    lower_bound: int
-    """Generation shard less what the rank trains of it."""
-    redundant: int
-    """Of the training shard, outside the generation shard."""
-    staged: int
-    """Most that one transfer packs outside the arena."""
-    shard: int
-    """Generation shard."""
-
-    @property
-    def received_intra_node(self) -> int:
-        """Received from ranks of the same node."""
-        return self.received - self.received_inter_node
+def _refusal(
+    specs: Sequence[TensorSpec], source: ParallelLayout, degree: int, ranks_per_node: int | None
+) -> str:
+    """Why a degree is not legal."""
+    if degree not in GenerationPlacement.legal_degrees(source):
+        return (
+            f"generation tensor degree {degree} neither divides nor is a multiple of tensor degree "
+            f"{source.tensor} of training layout {source}"
+        )
+    spec = _uncut(specs, degree)
+    if spec is not None:
+        assert spec.shard_dim is not None
+        advice = (
+            f" (build the model with vocab_multiple={vocab_multiple_for(source.tensor, degree)})"
+            if spec.padding
+            else ""
+        )
+        return (
+            f"generation tensor degree {degree} does not divide {spec.name} of size "
+            f"{spec.shape[spec.shard_dim]} in dimension {spec.shard_dim}{advice}"
+        )
+    group = _spanning_group(source, degree, ranks_per_node)
+    return (
+        f"generation tensor degree {degree} spans nodes: ranks {group} with {ranks_per_node} ranks "
+        "on a node"
+    )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankPlan:
-    """One rank's arena and transfers, in elements."""
-
-    rank: int
-    elements: int
-    """Of the arena."""
-    flats: tuple[Flat, ...]
-    """One for each block, in order."""
-    steps: tuple[Step, ...]
-    weights: tuple[Weight, ...]
-    traffic: Traffic
-    """In bytes."""
+def _uncut(specs: Sequence[TensorSpec], degree: int) -> TensorSpec | None:
+    """A parameter that does not divide into `degree` equal parts."""
+    cut = (spec for spec in specs if spec.shard_dim is not None)
+    return next((spec for spec in cut if spec.shape[spec.shard_dim or 0] % degree), None)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReshardPlan:
-    """How one model goes from a training layout to a generation layout; equal on every rank."""
-
-    placement: GenerationPlacement
-    blocks: tuple[Block, ...]
-    order: HopOrder
-    ranks_per_node: int | None
-    """None: all ranks share one node."""
-    element_bytes: int
-    bucket_bytes: int
-
-    @property
-    def source(self) -> ParallelLayout:
-        """The training layout."""
-        return self.placement.source
-
-    def node(self, rank: int) -> int:
-        """Number of the node that a rank is on."""
-        return 0 if self.ranks_per_node is None else rank // self.ranks_per_node
-
-    def for_rank(self, rank: int) -> RankPlan:
-        """The part of one rank."""
-        from megachat.reshard.rank_plan import build_rank_plan
-
-        return build_rank_plan(self, rank)
+def _spanning_group(
+    source: ParallelLayout, degree: int, ranks_per_node: int | None
+) -> tuple[int, ...] | None:
+    """A generation tensor group that is not on one node."""
+    if ranks_per_node is None:
+        return None
+    placement = GenerationPlacement(source=source, tensor=degree)
+    for rank in range(source.world_size):
+        group = placement.tensor_group(rank)
+        if len({member // ranks_per_node for member in group}) > 1:
+            return group
+    return None
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor of a shape, in elements."""
-    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+def _best_order(placement: GenerationPlacement, ranks_per_node: int | None) -> HopOrder:
+    """The order that moves fewest bytes between nodes; in doubt the one with fewer transfers."""
+    if ranks_per_node is None or placement.tiles == 1 or placement.source.pipeline == 1:
+        return HopOrder.DIRECT
+    direct = stages_first = 0
+    for rank in range(placement.source.world_size):
+        node = rank // ranks_per_node
+        stages = placement.source.ranks_along(Axis.PIPELINE, rank)
+        tiles = placement.tile_group(rank)
+        direct += _abroad(placement.gather_group(rank), node, ranks_per_node)
+        stages_first += _abroad(stages, node, ranks_per_node)
+        stages_first += len(stages) * _abroad(tiles, node, ranks_per_node)
+    return HopOrder.STAGES_FIRST if stages_first < direct else HopOrder.DIRECT
+
+
+def _abroad(ranks: Sequence[int], node: int, ranks_per_node: int) -> int:
+    """How many of the ranks are on other nodes."""
+    return sum(rank // ranks_per_node != node for rank in ranks)
+
+
+def total_traffic(plan: ReshardPlan) -> Traffic:
+    """Sum over all ranks; `staged` is the most of any rank."""
+    parts = [plan_rank(plan, rank).traffic for rank in range(plan.source.world_size)]
+    return Traffic(
+        received=sum(part.received for part in parts),
+        received_inter_node=sum(part.received_inter_node for part in parts),
+        sent=sum(part.sent for part in parts),
+        lower_bound=sum(part.lower_bound for part in parts),
+        redundant=sum(part.redundant for part in parts),
+        staged=max(part.staged for part in parts),
+        shard=sum(part.shard for part in parts),
+    )

@@ -286,10 +286,13 @@ class TrainEngine(ForwardEngine):
         self._optimizer_config = optimizer
         self._total_steps = total_steps
         self._seed = seed
+        self._has_gradient = False
         self.steps_done = 0
 
     def forward_backward(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
-        """Accumulates the gradient of the loss of a global batch and reduces it over data ranks."""
+        """The gradient of the loss of a global batch, reduced over data ranks; `step` uses it up."""
+        assert not self._has_gradient, "each forward_backward needs its own step"
+        self._has_gradient = True
         self.model.train()
         _, micro_batches = self._cut(batch, loss)
         reported: list[Any] = []
@@ -308,11 +311,12 @@ class TrainEngine(ForwardEngine):
         return self._report(reported, loss)
 
     def step(self) -> StepReport:
-        """Updates the weights with the accumulated gradient and clears it."""
+        """Updates the weights with the gradient of the last `forward_backward` and clears it."""
         rate = learning_rate(
             self._optimizer_config, step=self.steps_done, total_steps=self._total_steps
         )
         report = self._zero1.step(rate)
+        self._has_gradient = False
         self.steps_done += 1
         return report
 

@@ -46,11 +46,13 @@ OPTIMIZER = OptimizerConfig(
 )
 """The large epsilon keeps Adam from turning a gradient of 1e-9 into a full step of either sign."""
 
+VOCAB = 150
+"""More than one rank's 128 aligned rows, so that both ranks of two hold real vocabulary."""
 PRE_LN = OptConfig(
-    vocab_size=96, max_positions=20, hidden=32, ffn=48, layers=2, heads=4, embed_dim=32
+    vocab_size=VOCAB, max_positions=20, hidden=32, ffn=48, layers=2, heads=4, embed_dim=32
 )
 POST_LN = OptConfig(
-    vocab_size=96,
+    vocab_size=VOCAB,
     max_positions=20,
     hidden=32,
     ffn=48,
@@ -89,7 +91,7 @@ def sft_batch(rows: int, seed: int) -> SftBatch:
     lengths = torch.randint(3, SEQ + 1, (rows,), generator=random)
     targets = torch.rand(rows, SEQ, generator=random) < 0.7
     return SftBatch(
-        tokens=padded(torch.randint(4, 96, (rows, SEQ), generator=random), lengths),
+        tokens=padded(torch.randint(4, VOCAB, (rows, SEQ), generator=random), lengths),
         lengths=lengths,
         loss_mask=targets & (torch.arange(SEQ) < lengths[:, None]),
     )
@@ -98,7 +100,7 @@ def sft_batch(rows: int, seed: int) -> SftBatch:
 def preference_batch(rows: int, seed: int) -> PreferenceBatch:
     random = generator(seed)
     lengths = torch.randint(4, SEQ + 1, (rows, 2), generator=random)
-    tokens = torch.randint(4, 96, (rows, 2, SEQ), generator=random)
+    tokens = torch.randint(4, VOCAB, (rows, 2, SEQ), generator=random)
     tokens[:, 1, :3] = tokens[:, 0, :3]
     return PreferenceBatch(
         tokens=padded(tokens, lengths), lengths=lengths, prompt_lengths=torch.full((rows,), 3)
@@ -115,13 +117,13 @@ def experience(rows: int, seed: int) -> Experience:
     noise = torch.randn(5, rows, RESPONSE, generator=random) * mask
     return Experience(
         tokens=padded(
-            torch.randint(4, 96, (rows, SEQ), generator=random), prompts + responses
+            torch.randint(4, VOCAB, (rows, SEQ), generator=random), prompts + responses
         ),
         lengths=prompts + responses,
         prompt_lengths=prompts,
         response_mask=mask,
-        logprobs=(-4.6 + 0.4 * noise[0]) * mask,
-        ref_logprobs=-4.6 * mask,
+        logprobs=(-5.0 + 0.4 * noise[0]) * mask,
+        ref_logprobs=-5.0 * mask,
         values=0.3 * noise[1],
         advantages=noise[2],
         returns=noise[3],

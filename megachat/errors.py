@@ -36,3 +36,7 @@ class KernelError(MegachatError):
 
 class LaunchError(MegachatError):
     """Processes that could not be started, joined or kept together."""
+
+
+class PhaseError(MegachatError):
+    """Weights or memory used in a phase of the run in which they are not valid."""

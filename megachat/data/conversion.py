@@ -73,7 +73,8 @@ def check_reports(
         DataError: With the numbers and the first bad record.
     """
     for split, report in reports.items():
-        name = f"data set {source.name} [{split}]"
+        place = f" ({source.path})" if source.path is not None else ""
+        name = f"data set {source.name} [{split}]{place}"
         if report.bad > max_bad_share * report.records:
             raise DataError(
                 f"{name}: {report.bad} of {report.records} records are unusable, more than "

@@ -14,10 +14,10 @@ from megachat.data import chitchat
 from megachat.data.cache import DataCache, content_key
 from megachat.data.config import SourceConfig
 from megachat.data.formats import FORMATS
-from megachat.data.hub import hub_is_reachable
 from megachat.data.messages import first_line
 from megachat.data.records_io import FILE_SUFFIXES, RawRecord, read_dataset, read_file
 from megachat.errors import DataError
+from megachat.hub import hub_is_reachable
 
 TRAIN = "train"
 """Name of the rows to train on."""

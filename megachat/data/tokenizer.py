@@ -25,9 +25,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megachat.config import ConfigModel
-from megachat.data.hub import hub_is_reachable
 from megachat.data.messages import first_line
 from megachat.errors import CheckpointError, ConfigError, DataError
+from megachat.hub import hub_is_reachable
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 """Name of the sentencepiece model that is kept beside a tokenizer trained here."""

@@ -184,13 +184,12 @@ class DecodeScheduler:
         step = _Step()
         self._advance(step)
         budget = self._prefill_tokens
-        for sequence in self._running:
+        for sequence in self._running.copy():
             if not sequence.decoding and budget:
                 budget -= self._chunk(sequence, budget, step)
-        while budget and not step.preempted and self._enter(step):
-            budget -= self._chunk(self._running[-1], budget, step)
-        for chunk, sequence in enumerate(step.finishing.copy()):
-            self._fork(sequence, chunk=step.first_tokens[chunk][0], step=step)
+        # Whoever entered now would take the blocks that another one has just given up.
+        while budget and not step.preempted and (entered := self._enter(step)):
+            budget -= self._chunk(entered, budget, step)
         self._sampled = [*self._decoding, *step.finishing]
         return Schedule(
             decode=self._decode,
@@ -293,22 +292,22 @@ class DecodeScheduler:
         sequence.slot, sequence.blocks, sequence.cached = -1, [], 0
         sequence.decoding = False
 
-    def _enter(self, step: _Step) -> bool:
+    def _enter(self, step: _Step) -> _Sequence | None:
         """Lets the first waiting sequence run, if there is a slot and room for its known tokens."""
         if not self._waiting or not self._slots:
-            return False
+            return None
         allocator, sequence = self._allocator, self._waiting[0]
         shared = allocator.share_prefix(sequence.prompt)
         needed = allocator.blocks_for(sequence.known) - len(shared)
         # Every running sequence may soon want a block; entering now only to be preempted is waste.
         if needed + len(self._running) > allocator.num_free and self._running:
             allocator.release(shared)
-            return False
+            return None
         self._waiting.popleft()
         sequence.blocks = shared + allocator.allocate(needed)
         sequence.cached = len(shared) * allocator.block_size
         self._take_slot(sequence, step)
-        return True
+        return sequence
 
     def _take_slot(self, sequence: _Sequence, step: _Step) -> None:
         """Puts a sequence among the running ones and its blocks into a table."""
@@ -335,16 +334,18 @@ class DecodeScheduler:
             start=start // self._allocator.block_size,
         )
         if sequence.cached == sequence.known:
-            self._first_token(sequence, len(step.chunks) - 1, step)
+            self._first_token(sequence, step)
+            self._fork(sequence, step)
         return count
 
-    def _first_token(self, sequence: _Sequence, chunk: int, step: _Step) -> None:
+    def _first_token(self, sequence: _Sequence, step: _Step) -> None:
+        """Samples a sequence from the chunk that was scheduled last."""
         sequence.decoding = True
         row = SampledRow(sequence=sequence.index, slot=sequence.slot)
-        step.first_tokens.append((chunk, row))
+        step.first_tokens.append((len(step.chunks) - 1, row))
         step.finishing.append(sequence)
 
-    def _fork(self, sequence: _Sequence, *, chunk: int, step: _Step) -> None:
+    def _fork(self, sequence: _Sequence, step: _Step) -> None:
         """Starts the other answers to a prompt from its blocks; those without a slot wait on."""
         followers = sequence.followers
         while followers and self._slots:
@@ -353,7 +354,7 @@ class DecodeScheduler:
             follower.cached = sequence.cached
             self._take_slot(follower, step)
             step.lengths.append((follower.slot, follower.cached))
-            self._first_token(follower, chunk, step)
+            self._first_token(follower, step)
         if followers:
             first = followers.popleft()
             first.followers, sequence.followers = followers, deque()

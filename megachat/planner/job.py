@@ -34,6 +34,8 @@ class RoleSetup:
     recompute: Recompute = Recompute.NONE
     micro_batch_rows: int = 2
     """Rows that go through the model at once."""
+    vocab_multiple: int = 1
+    """Of the padded vocabulary, for a second layout of the weights; see `vocab_multiple_for`."""
 
     def __post_init__(self) -> None:
         """Refuses what no engine runs.
@@ -49,18 +51,23 @@ class RoleSetup:
             raise ConfigError(f"micro_batch_rows is {self.micro_batch_rows}: expected at least 1")
 
     @property
+    def padded_vocab(self) -> int:
+        """Rows of the word embedding over all tensor ranks."""
+        return self.config.padded_vocab(self.layout.tensor, vocab_multiple=self.vocab_multiple)
+
+    @property
     def is_sequence_parallel(self) -> bool:
         """Whether activations between the products are cut along the sequence."""
         return self.sequence_parallel and self.layout.tensor > 1
 
-    def num_micro_batches(self, rows: int) -> int:
-        """Micro-batches that each data rank runs of a global batch of `rows` rows."""
-        per_rank = -(-rows // self.layout.data)
-        return -(-per_rank // min(self.micro_batch_rows, per_rank))
-
     def rows_at_once(self, rows: int) -> int:
         """Rows of one micro-batch of a global batch of `rows` rows."""
         return min(self.micro_batch_rows, -(-rows // self.layout.data))
+
+    def num_micro_batches(self, rows: int) -> int:
+        """Micro-batches that each data rank runs of a global batch of `rows` rows."""
+        num_cuts = -(-rows // self.rows_at_once(rows))
+        return -(-num_cuts // self.layout.data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

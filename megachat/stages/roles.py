@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from megachat.checkpoint.hub import local_folder
 from megachat.checkpoint.huggingface import MissingHead, load_huggingface, read_config
 from megachat.errors import ConfigError
+from megachat.hub import local_folder
 from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.rng import seed_for

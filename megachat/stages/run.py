@@ -4,12 +4,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from megachat.checkpoint.hub import local_folder
 from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
+from megachat.hub import local_folder
 from megachat.parallel.collectives import barrier
 from megachat.parallel.launch import Worker
 from megachat.stages.config import RunConfig

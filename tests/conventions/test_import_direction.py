@@ -6,13 +6,14 @@ import pytest
 
 from tests.conventions.source import SourceFile, assert_none, imports_of, project_files, snippet
 
-FOUNDATION = frozenset({"errors", "config", "records", "telemetry"})
+FOUNDATION = frozenset({"errors", "config", "records", "telemetry", "hub"})
 
 DIRECT: Mapping[str, frozenset[str]] = {
     "": frozenset(),
     "errors": frozenset(),
     "config": frozenset({"errors"}),
     "records": frozenset({"errors"}),
+    "hub": frozenset({"errors"}),
     "telemetry": frozenset({"errors", "config"}),
     "parallel": FOUNDATION,
     # Operators over a sharded vocabulary reduce over the tensor group, and collectives have one

@@ -63,12 +63,12 @@ def train(
     Without options it trains the tiny CPU example. With --actor-model it runs the DeepSpeed-Chat
     recipe for that model.
     """
-    from megachat.cli.presets import paper_tree, tiny_example
-    from megachat.config import apply_override, build_config, read_toml
-    from megachat.data.config import Stage
-    from megachat.stages.config import RunConfig
-
     with _errors_in_one_line():
+        from megachat.cli.presets import paper_tree, tiny_example
+        from megachat.config import apply_override, build_config, read_toml
+        from megachat.data.config import Stage
+        from megachat.stages.config import RunConfig
+
         if config is not None and actor_model is not None:
             raise typer.BadParameter("give either --config or --actor-model")
         if actor_model is not None:
@@ -127,11 +127,11 @@ def _run_stage(
     stage: "Stage", config: Path | None, overrides: list[str] | None, *, dry_run: bool
 ) -> None:
     """Loads a configuration file and runs one of its stages."""
-    from megachat.cli.presets import tiny_example
-    from megachat.config import load_config
-    from megachat.stages.config import RunConfig
-
     with _errors_in_one_line():
+        from megachat.cli.presets import tiny_example
+        from megachat.config import load_config
+        from megachat.stages.config import RunConfig
+
         path = config if config is not None else tiny_example()
         resolved = load_config(RunConfig, path=path, overrides=overrides or ())
         _run(resolved, [stage], dry_run=dry_run)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megachat.errors import KernelError
 from megachat.model.config import ModelOptions, NormBackend, OptConfig, Recompute
 from megachat.model.dropout import ResidualAdd, attention_with_dropout
+from megachat.parallel import MEGATRON_HINT
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 
@@ -53,10 +54,7 @@ try:
 
     from megachat.parallel.groups import ProcessGroups
 except RuntimeError as error:  # what transformer-engine's meta wheel alone makes of the import
-    raise KernelError(
-        f"megatron-core cannot be imported ({error}): a transformer-engine without its torch part "
-        "is installed; build transformer-engine[pytorch] from source or uninstall it"
-    ) from error
+    raise KernelError(f"megatron-core cannot be imported ({error}): {MEGATRON_HINT}") from error
 
 LAYER_NORM_EPSILON = 1e-5
 """Of every OPT model."""

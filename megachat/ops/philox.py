@@ -39,13 +39,15 @@ def philox_words(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tup
     return c0, c1, c2, c3
 
 
-def uniforms(keys: Tensor, *, positions: Tensor, stream: int, first: int, count: int) -> Tensor:
+def uniforms(
+    keys: Tensor, *, positions: Tensor, stream: int | Tensor, first: int, count: int
+) -> Tensor:
     """A stretch of each row's stream.
 
     Args:
         keys: `[rows]` int64, any 64 bits.
         positions: `[rows]` int64 in [0, 2**32), which part of the row's randomness is wanted.
-        stream: Number of the stream within that, in [0, 2**32).
+        stream: Number of the stream within that, in [0, 2**32); or `[rows]` int64 of them.
         first: Index of the first wanted number in the stream.
         count: How many.
 
@@ -54,14 +56,10 @@ def uniforms(keys: Tensor, *, positions: Tensor, stream: int, first: int, count:
     """
     start = first // 4
     blocks = torch.arange(start, -(-(first + count) // 4), device=keys.device)[None]
+    zero = torch.zeros_like(keys)
     words = philox_words(
         (keys[:, None] & _LOW, (keys[:, None] >> 32) & _LOW),
-        (
-            blocks,
-            torch.full_like(blocks, stream),
-            positions[:, None],
-            torch.zeros_like(blocks),
-        ),
+        (blocks, (zero + stream)[:, None], positions[:, None], zero[:, None]),
     )
     skip = first - 4 * start
     numbers = torch.stack(words, dim=2).flatten(1)[:, skip : skip + count]

@@ -93,7 +93,10 @@ class PendingTransfer:
     """Tensors being sent, kept alive until they are."""
 
     def wait(self) -> None:
-        """Returns when the tensors may be used again (on CUDA: by the current stream)."""
+        """Returns when the tensors may be used again (on CUDA: by the current stream).
+
+        To be called once: gloo would wait for a second arrival.
+        """
         for work in self.works:
             work.wait()
 

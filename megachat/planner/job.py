@@ -5,7 +5,7 @@ from enum import StrEnum
 
 from megachat.errors import ConfigError, LayoutError
 from megachat.model.config import Head, OptConfig, Recompute
-from megachat.parallel.layout import ParallelLayout
+from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.planner.hardware import ClusterConfig
 
 
@@ -137,9 +137,8 @@ class Job:
             LayoutError: The generation degree does not fit the model or the training degree.
             ConfigError: Actor and critic cover different numbers of ranks.
         """
-        check_generation_tensor(
-            self.actor.config, tensor=self.generation_tensor, train=self.actor.layout
-        )
+        placement = GenerationPlacement(source=self.actor.layout, tensor=self.generation_tensor)
+        self.actor.config.validate_layout(ParallelLayout(tensor=placement.tensor))
         worlds = self.actor.layout.world_size, self.critic.layout.world_size
         if worlds[0] != worlds[1]:
             raise LayoutError(
@@ -177,30 +176,3 @@ class Job:
                     f"{what} degree {degree} would span nodes of {cluster.gpus_per_node} GPUs: "
                     f"choose a divisor of {cluster.gpus_per_node}"
                 )
-
-
-def check_generation_tensor(config: OptConfig, *, tensor: int, train: ParallelLayout) -> None:
-    """Checks that a reshard from a training layout to a tensor degree exists.
-
-    Raises:
-        LayoutError: Names the legal degrees.
-    """
-    legal = generation_degrees(config, train=train)
-    if tensor not in legal:
-        raise LayoutError(
-            f"generation tensor degree {tensor} does not fit training layout {train} and "
-            f"{config.heads} heads: one of the degrees must divide the other; legal are "
-            f"{', '.join(map(str, legal))}"
-        )
-
-
-def generation_degrees(config: OptConfig, *, train: ParallelLayout) -> tuple[int, ...]:
-    """Tensor degrees that a training layout can be resharded to, ascending."""
-    return tuple(
-        degree
-        for degree in range(1, train.world_size + 1)
-        if train.world_size % degree == 0
-        and (train.tensor % degree == 0 or degree % train.tensor == 0)
-        and config.heads % degree == 0
-        and config.ffn % degree == 0
-    )

@@ -125,6 +125,7 @@ class Resharder:
         )
         if packed:  # so that no second bucket is packed meanwhile
             started.wait()
+            return PendingTransfer(works=(), received_bytes=started.received_bytes)
         return started
 
     def _tensor(self, view: View) -> Tensor:

@@ -1,7 +1,7 @@
 """Tiny roles for PPO under any layouts, and a reward model whose taste is known."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from megachat.model import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
-from megachat.records import PromptBatch
+from megachat.records import Batch, PromptBatch
 from megachat.rlhf.config import PpoConfig
 from megachat.rlhf.engine import RLHFEngine
 from megachat.rlhf.ppo import PPOTrainer
@@ -40,7 +40,9 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule=ScheduleKind.CONSTANT, 
 SEED = 5
 
 
-def prompts(lengths: Sequence[int], *, width: int | None = None, first_id: int = 100) -> PromptBatch:
+def prompts(
+    lengths: Sequence[int], *, width: int | None = None, first_id: int = 100
+) -> PromptBatch:
     """Random prompts without meaning; control ids occur in them like any other."""
     width = width or max(lengths)
     rows = torch.full((len(lengths), width), PAD)
@@ -118,7 +120,8 @@ def prefer(model: OptModel, tokens: Sequence[int]) -> None:
     """Makes a reward model like rows in proportion to the share of some tokens in them.
 
     Every head attends to all positions alike and hands the mean embedding on; the MLPs do nothing;
-    good tokens have one embedding and all others its opposite.
+    good tokens have one embedding and all others its opposite. What the positions add, at right
+    angles to both, keeps the final norm from turning the share into its sign.
     """
     parameters: Mapping[str, Tensor] = model.parameters_by_spec()
     hidden, heads, head_dim = TINY.hidden, TINY.heads, TINY.head_dim
@@ -126,6 +129,7 @@ def prefer(model: OptModel, tokens: Sequence[int]) -> None:
     for name, parameter in parameters.items():
         if "norm" not in name:
             parameter.zero_()
+    parameters["embedding.position.weight"][:] = 3 * torch.tensor([1.0, -1.0]).repeat(hidden // 2)
     words = -taste.repeat(parameters["embedding.word.weight"].shape[0], 1)
     words[list(tokens)] = taste
     parameters["embedding.word.weight"].copy_(words)
@@ -145,6 +149,6 @@ def own_weights(model: OptModel) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
     }
 
 
-def fields_of(record: Any) -> dict[str, Tensor]:
+def fields_of(record: Batch) -> dict[str, Tensor]:
     """The tensors of a batch record by name."""
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return {field.name: getattr(record, field.name) for field in fields(record)}

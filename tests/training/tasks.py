@@ -36,7 +36,7 @@ TEMPERATURE = 0.7
 CENTER_COEF = 0.01
 PPO = PpoConfig(entropy_coef=0.02, dual_clip=1.5, clip_range=0.2, value_clip_range=0.2)
 OPTIMIZER = OptimizerConfig(
-    learning_rate=0.02,
+    learning_rate=0.005,
     schedule=ScheduleKind.LINEAR,
     warmup_steps=3,
     final_share=0.1,
@@ -246,7 +246,7 @@ def expected_trajectory(name: str, *, weights: Path | None = None) -> Trajectory
     for step in range(STEPS):
         warm, done = min(1.0, (step + 1) / 3), max(0, step - 3) / (STEPS - 4)
         for group in optimizer.param_groups:
-            group["lr"] = 0.02 * warm * (1.0 - 0.9 * done)
+            group["lr"] = 0.005 * warm * (1.0 - 0.9 * done)
         loss = task.expected_loss(model, task.make_batch(ROWS, step))
         optimizer.zero_grad()
         loss.backward()

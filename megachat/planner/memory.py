@@ -1,0 +1,352 @@
+"""The one place that computes what every rank holds in every phase. Pure.
+
+Long-lived pools of a model that trains, for n parameters on the rank and data degree d: weights
+2 n bytes (bf16), gradients 4 n on *every* data rank (DeepSpeed's BF16_Optimizer accumulates the
+whole shard in fp32 and keeps the buffer), fp32 masters 4 n / d, Adam's moments 8 n / d. fp32 models
+train with DeepSpeedZeroOptimizer: weights 4 n, masters and moments the same, and two copies of the
+gradients while a backward pass runs. Models that only run forward have weights alone. Generation
+adds the foreign blocks of the weight arena and the key/value cache, which takes what is left.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from megachat.errors import CapacityError
+from megachat.planner.hardware import GB, ClusterConfig
+from megachat.planner.job import Job, Role, RoleSetup
+from megachat.planner.records import (
+    CachePlan,
+    Measure,
+    MemoryPlan,
+    Phase,
+    PhaseMemory,
+    Pool,
+    PoolBytes,
+    RankMemory,
+    Residence,
+    merged,
+)
+from megachat.planner.sizes import stage_elements
+from megachat.planner.traffic import reshard_traffic
+from megachat.planner.transients import (
+    Transients,
+    generation_workspace,
+    scoring_transients,
+    training_transients,
+)
+
+_MASTER_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
+"""Bytes per parameter; always fp32."""
+
+_OPTIMIZER_POOLS = (Pool.MASTERS, Pool.MOMENTS)
+
+
+def plan_memory(
+    job: Job, cluster: ClusterConfig, measures: frozenset[Measure] = frozenset()
+) -> MemoryPlan:
+    """Bytes of every pool on every rank in every phase.
+
+    The cache gets what is left in the generation phase on the fullest rank: at most what all
+    sequences need at once, at least what one sequence needs.
+
+    Raises:
+        LayoutError: The job does not fill the cluster, or its layouts do not fit each other.
+    """
+    job.check_cluster(cluster)
+    planner = _Planner(job, cluster, measures)
+    kinds = _rank_kinds(job)
+    cache = planner.cache(list(kinds))
+    ranks = tuple(
+        RankMemory(
+            ranks=tuple(members),
+            actor_stage=actor_stage,
+            critic_stage=critic_stage,
+            phases=planner.phases(actor_stage, critic_stage, cache),
+        )
+        for (actor_stage, critic_stage), members in kinds.items()
+    )
+    return MemoryPlan(
+        measures=measures,
+        ranks=ranks,
+        cache=cache,
+        budget_bytes=cluster.budget_bytes,
+        host_budget_bytes=cluster.host_budget_bytes,
+        host_bytes=_fullest_host(ranks, cluster),
+    )
+
+
+def refusal(plan: MemoryPlan) -> str | None:
+    """Why a plan does not fit, in one line with the numbers of both sides; None where it does."""
+    fullest = plan.fullest
+    peak = fullest.peak
+    if peak.total() > plan.budget_bytes:
+        parts = sorted(
+            (item for item in peak.pools if item.residence is Residence.DEVICE),
+            key=lambda item: -item.num_bytes,
+        )
+        named = ", ".join(
+            f"{item.role} {item.pool} {item.num_bytes / GB:.1f}" for item in parts[:4]
+        )
+        return (
+            f"phase {peak.phase} needs {peak.total() / GB:.1f} GB on ranks "
+            f"{_ranges(fullest.ranks)}, {plan.budget_bytes / GB:.1f} GB are usable (largest: "
+            f"{named})"
+        )
+    if plan.host_bytes > plan.host_budget_bytes:
+        return (
+            f"offloading needs {plan.host_bytes / GB:.1f} GB of host memory on a node, "
+            f"{plan.host_budget_bytes / GB:.1f} GB are usable"
+        )
+    return None
+
+
+def check_plan(plan: MemoryPlan) -> None:
+    """Refuses a plan that does not fit.
+
+    Raises:
+        CapacityError: A peak exceeds its budget; names the phase and the numbers.
+    """
+    reason = refusal(plan)
+    if reason is not None:
+        raise CapacityError(f"{reason}: use more GPUs, higher degrees, smaller batches")
+
+
+def trained_bytes(setup: RoleSetup) -> int:
+    """Bytes of the long-lived pools of a model that trains, on its fullest stage."""
+    return max(
+        sum(item.num_bytes for item in _trained(Role.CRITIC, setup, stage))
+        for stage in range(setup.layout.pipeline)
+    )
+
+
+class _Planner:
+    """Computes phases; holds what all of them need."""
+
+    def __init__(self, job: Job, cluster: ClusterConfig, measures: frozenset[Measure]) -> None:
+        self._job = job
+        self._measures = measures
+        self._budget = cluster.budget_bytes
+        self._traffic = reshard_traffic(job, cluster)
+
+    def cache(self, kinds: list[tuple[int, int]]) -> CachePlan:
+        """The cache that fits beside everything else on the fullest rank."""
+        job, work = self._job, self._job.workload
+        tokens = job.block_tokens
+        block_bytes = (
+            2 * job.actor.config.layers * tokens * job.actor.config.hidden
+            // job.generation_tensor * job.actor.value_bytes
+        )  # fmt: skip
+        per_sequence = -(-work.sequence_tokens // tokens)
+        sequences = -(-work.prompts // job.generation_layout.data)
+        needed = sequences * per_sequence
+        free = min(self._free_for_cache(*kind) for kind in kinds)
+        return CachePlan(
+            block_tokens=tokens,
+            block_bytes=block_bytes,
+            num_blocks=min(needed, max(per_sequence, free // block_bytes)),
+            needed_blocks=needed,
+            blocks_per_sequence=per_sequence,
+            sequences=sequences,
+        )
+
+    def phases(
+        self, actor_stage: int, critic_stage: int, cache: CachePlan
+    ) -> tuple[PhaseMemory, ...]:
+        """All phases of one kind of rank."""
+        job, work = self._job, self._job.workload
+        actor, critic = job.actor, job.critic
+        return (
+            PhaseMemory(
+                phase=Phase.SFT,
+                pools=merged(
+                    (
+                        *_trained(Role.ACTOR, actor, actor_stage),
+                        *_transient(
+                            Role.ACTOR,
+                            _training(actor, actor_stage, work.sft_rows, work.sft_tokens),
+                        ),
+                    )
+                ),
+            ),
+            PhaseMemory(
+                phase=Phase.REWARD_TRAINING,
+                pools=merged(
+                    (
+                        *_trained(Role.CRITIC, critic, critic_stage),
+                        *_transient(
+                            Role.CRITIC,
+                            _training(
+                                critic, critic_stage, work.reward_pairs, work.sft_tokens, answers=2
+                            ),
+                        ),
+                    )
+                ),
+            ),
+            PhaseMemory(
+                phase=Phase.GENERATION,
+                pools=merged(self._generation(actor_stage, critic_stage, cache.num_bytes)),
+            ),
+            PhaseMemory(
+                phase=Phase.SCORING, pools=merged(self._scoring(actor_stage, critic_stage))
+            ),
+            PhaseMemory(
+                phase=Phase.PPO_TRAINING, pools=merged(self._ppo(actor_stage, critic_stage))
+            ),
+        )
+
+    def _free_for_cache(self, actor_stage: int, critic_stage: int) -> int:
+        """Bytes that the generation phase leaves on one kind of rank."""
+        without = merged(self._generation(actor_stage, critic_stage, 0))
+        used = sum(item.num_bytes for item in without if item.residence is Residence.DEVICE)
+        if Measure.REUSE_GRADIENTS in self._measures:
+            # What the foreign blocks leave of the lent memory is counted as used.
+            used -= sum(
+                item.num_bytes
+                for item in without
+                if item.pool is Pool.GRADIENTS and item.role is Role.ACTOR
+                and item.residence is Residence.DEVICE
+            )  # fmt: skip
+        return max(0, self._budget - used)
+
+    def _generation(
+        self, actor_stage: int, critic_stage: int, cache_bytes: int
+    ) -> Iterator[PoolBytes]:
+        job, measures = self._job, self._measures
+        own = stage_elements(job.actor, stage=actor_stage).total * job.actor.value_bytes
+        foreign = max(0, self._traffic.stages[actor_stage].arena - own)
+        for item in _trained(Role.ACTOR, job.actor, actor_stage):
+            if item.pool is Pool.GRADIENTS and Measure.REUSE_GRADIENTS in measures:
+                lent = min(item.num_bytes, foreign + cache_bytes)
+                yield _moved(item, Residence.LENT, lent)
+                yield _moved(item, Residence.DEVICE, item.num_bytes - lent)
+            elif item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_OPTIMIZER in measures:
+                yield _moved(item, Residence.HOST, item.num_bytes)
+            else:
+                yield item
+        yield _device(Role.ACTOR, Pool.FOREIGN_BLOCKS, foreign)
+        yield _device(Role.ACTOR, Pool.KV_CACHE, cache_bytes)
+        concurrent = -(-job.workload.prompts // job.generation_layout.data)
+        yield _device(Role.ACTOR, Pool.WORKSPACE, generation_workspace(job, concurrent=concurrent))
+        for item in _trained(Role.CRITIC, job.critic, critic_stage):
+            offloaded = item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_CRITIC in measures
+            yield _moved(item, Residence.HOST, item.num_bytes) if offloaded else item
+        yield from self._scorers(actor_stage, critic_stage, Phase.GENERATION)
+
+    def _scoring(self, actor_stage: int, critic_stage: int) -> Iterator[PoolBytes]:
+        job, work = self._job, self._job.workload
+        yield from _trained(Role.ACTOR, job.actor, actor_stage)
+        yield from _trained(Role.CRITIC, job.critic, critic_stage)
+        yield from self._scorers(actor_stage, critic_stage, Phase.SCORING)
+
+        def transients(setup: RoleSetup, stage: int) -> Transients:
+            rows = setup.rows_at_once(work.prompts)
+            return scoring_transients(setup, stage=stage, rows=rows, tokens=work.sequence_tokens)
+
+        yield from _larger(
+            (Role.ACTOR, transients(job.actor, actor_stage)),
+            (Role.CRITIC, transients(job.critic, critic_stage)),
+        )
+
+    def _ppo(self, actor_stage: int, critic_stage: int) -> Iterator[PoolBytes]:
+        job, work = self._job, self._job.workload
+        yield from _trained(Role.ACTOR, job.actor, actor_stage)
+        yield from _trained(Role.CRITIC, job.critic, critic_stage)
+        yield from self._scorers(actor_stage, critic_stage, Phase.PPO_TRAINING)
+        rows, tokens = work.minibatch_rows, work.sequence_tokens
+        yield from _larger(
+            (Role.ACTOR, _training(job.actor, actor_stage, rows, tokens)),
+            (Role.CRITIC, _training(job.critic, critic_stage, rows, tokens)),
+        )
+
+    def _scorers(self, actor_stage: int, critic_stage: int, phase: Phase) -> Iterator[PoolBytes]:
+        """Reference and reward model."""
+        away = phase is not Phase.SCORING and Measure.OFFLOAD_SCORERS in self._measures
+        residence = Residence.HOST if away else Residence.DEVICE
+        for role, setup, stage in (
+            (Role.REFERENCE, self._job.actor, actor_stage),
+            (Role.REWARD, self._job.critic, critic_stage),
+        ):
+            for item in _weights(role, setup, stage):
+                yield _moved(item, residence, item.num_bytes)
+
+
+def _weights(role: Role, setup: RoleSetup, stage: int) -> Iterator[PoolBytes]:
+    elements = stage_elements(setup, stage=stage)
+    yield _device(role, Pool.WEIGHTS, elements.layers * setup.value_bytes)
+    yield _device(role, Pool.EMBEDDINGS, elements.embeddings * setup.value_bytes)
+
+
+def _trained(role: Role, setup: RoleSetup, stage: int) -> Iterator[PoolBytes]:
+    """Long-lived pools of a model that trains."""
+    yield from _weights(role, setup, stage)
+    elements = stage_elements(setup, stage=stage).total
+    share = -(-elements // setup.layout.data)
+    yield _device(role, Pool.GRADIENTS, elements * _GRADIENT_BYTES)
+    yield _device(role, Pool.MASTERS, share * _MASTER_BYTES)
+    yield _device(role, Pool.MOMENTS, share * _MOMENT_BYTES)
+
+
+def _training(
+    setup: RoleSetup, stage: int, rows: int, tokens: int, *, answers: int = 1
+) -> Transients:
+    """Of a training step on a global batch; a row of pairs holds two answers."""
+    return training_transients(
+        setup,
+        stage=stage,
+        rows=answers * setup.rows_at_once(rows),
+        tokens=tokens,
+        num_micro_batches=setup.num_micro_batches(rows),
+    )
+
+
+def _transient(role: Role, transients: Transients) -> Iterator[PoolBytes]:
+    yield _device(role, Pool.ACTIVATIONS, transients.activations)
+    yield _device(role, Pool.WORKSPACE, transients.workspace)
+
+
+def _larger(*candidates: tuple[Role, Transients]) -> Iterator[PoolBytes]:
+    """The transients of the role that needs most: the roles run one after the other."""
+    role, transients = max(candidates, key=lambda item: item[1].activations + item[1].workspace)
+    return _transient(role, transients)
+
+
+def _device(role: Role, pool: Pool, num_bytes: int) -> PoolBytes:
+    return PoolBytes(role=role, pool=pool, residence=Residence.DEVICE, num_bytes=num_bytes)
+
+
+def _moved(item: PoolBytes, residence: Residence, num_bytes: int) -> PoolBytes:
+    return PoolBytes(role=item.role, pool=item.pool, residence=residence, num_bytes=num_bytes)
+
+
+def _rank_kinds(job: Job) -> dict[tuple[int, int], list[int]]:
+    """(actor stage, critic stage) -> the ranks at both."""
+    kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rank in range(job.actor.layout.world_size):
+        stages = (
+            job.actor.layout.coordinate(rank).pipeline,
+            job.critic.layout.coordinate(rank).pipeline,
+        )
+        kinds[stages].append(rank)
+    return kinds
+
+
+def _fullest_host(ranks: tuple[RankMemory, ...], cluster: ClusterConfig) -> int:
+    """Host bytes of the fullest node in the fullest phase."""
+    used: dict[tuple[int, Phase], int] = defaultdict(int)
+    for memory in ranks:
+        for phase in memory.phases:
+            total = phase.total(Residence.HOST)
+            for rank in memory.ranks:
+                used[cluster.node_of(rank), phase.phase] += total
+    return max(used.values(), default=0)
+
+
+def _ranges(ranks: tuple[int, ...]) -> str:
+    """`0-7, 16-23`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in parts)

@@ -1,0 +1,74 @@
+"""The plan, executed on gloo ranks: bytes of every weight, bytes on the wire, aliasing."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from megachat.errors import LayoutError, PhaseError
+from megachat.model.config import OptConfig
+from megachat.parallel.groups import ProcessGroups
+from megachat.reshard.execute import Resharder
+from tests.harness import run_ranks
+from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, wrong_weights
+
+CASES: dict[int, list[Case]] = {
+    2: [Case(train=(2, 1, 1), generate=1), Case(train=(2, 1, 1), generate=2)],
+    4: [
+        Case(train=(2, 2, 1), generate=2),
+        Case(train=(2, 2, 1), generate=4),
+        Case(train=(2, 2, 1), generate=1),
+        Case(train=(1, 2, 2), generate=4),
+        Case(train=(1, 4, 1), generate=1),
+        Case(train=(1, 4, 1), generate=4),
+        Case(train=(1, 1, 4), generate=1),
+    ],
+    8: [
+        Case(train=(4, 2, 1), generate=2),
+        Case(train=(2, 2, 2), generate=2),
+        Case(train=(2, 2, 2), generate=1),
+        Case(train=(4, 1, 2), generate=2),
+        Case(train=(2, 4, 1), generate=1),
+        Case(train=(2, 4, 1), generate=8),
+    ],
+}
+
+
+def _problems(actor: Actor) -> list[str]:
+    """Everything that is wrong after a gather, a repeated gather and a release."""
+    problems: list[str] = []
+    traffic = actor.arena.part.traffic
+    resharder = Resharder(actor.arena, actor.groups)
+    report = resharder.gather()
+    problems += wrong_weights(actor)
+    if not report.received_bytes == traffic.received == traffic.lower_bound:
+        problems.append(f"{report} does not match {asdict(traffic)}")
+    if report.staged_bytes != traffic.staged:
+        problems.append(f"staged {report.staged_bytes}, planned {traffic.staged}")
+    if resharder.gather().received_bytes:
+        problems.append("an unchanged shard was fetched again")
+    before = {name: p.detach().clone() for name, p in actor.model.named_parameters()}
+    actor.arena.release()
+    actor.arena.check_aliasing(dict(actor.model.named_parameters()))
+    for name, parameter in actor.model.named_parameters():
+        if not torch.equal(parameter, before[name]):
+            problems.append(f"{name} changed on the way back")
+    return problems
+
+
+def _run_all(cases: list[Case], ranks_per_node: int | None) -> list[str]:
+    problems = []
+    for case in cases:
+        groups = ProcessGroups.create(case.source)
+        for config in (PRE_LN, POST_LN):
+            for dtype in (torch.float32, torch.bfloat16):
+                actor = build_actor(
+                    case, config, dtype, groups=groups, ranks_per_node=ranks_per_node
+                )
+                problems += [f"{case} {dtype}: {found}" for found in _problems(actor)]
+    return problems
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_every_generation_weight_is_exact_for_every_layout(world_size: int) -> None:
+    assert run_ranks(world_size, _run_all, CASES[world_size], None) == [[]] * world_size

@@ -1,100 +1,222 @@
 """`Generator`: answers a global batch of prompts with the actor's present weights.
 
-Each data-parallel rank answers its share; the result is the same global `Rollout` on every rank.
+Each generation replica answers its share with continuous batching over a paged cache; the result is
+the same global `Rollout` on every rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megachat.errors import CapacityError, DataError
+from megachat.config import ConfigModel
+from megachat.errors import CapacityError, ConfigError, DataError
+from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.runner import ModelRunner
-from megachat.generation.sampling import Sampler, SamplingConfig, request_generators
+from megachat.generation.sampling import (
+    Sampler,
+    SamplingConfig,
+    VocabularySlice,
+    request_keys,
+)
+from megachat.generation.session import Answers, DecodeSession, SessionStatistics
+from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.parallel.collectives import all_gather_rows
 from megachat.records import PromptBatch, Rollout
 
-_COMPACT_BELOW = 0.75
-"""Finished rows leave the batch once fewer than this share of it is still active."""
+
+class GenerationConfig(ConfigModel):
+    """How generation uses memory and time; nothing here changes an answer."""
+
+    kv_cache_gb: float = Field(
+        default=4.0,
+        gt=0,
+        description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
+        "stays untouched.",
+    )
+    block_size: int = Field(default=32, ge=1, description="Tokens in a block of the cache.")
+    max_sequences: int = Field(default=256, ge=1, description="Answers in work at once per rank.")
+    prefill_tokens: int = Field(
+        default=4096, ge=1, description="Prompt tokens that one step computes at most."
+    )
+    backend: Backend = Field(
+        default=Backend.REFERENCE, description="Who computes the operations of a step."
+    )
 
 
-@dataclass(slots=True)
-class _Responses:
-    """Responses under construction, one row per request of this rank."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedToken:
+    """One token of one answer, as soon as it is known."""
 
-    tokens: Tensor
-    """[rows, max_new_tokens] int64."""
-    logprobs: Tensor
-    """[rows, max_new_tokens] float32."""
-    lengths: Tensor
-    """[rows] int64."""
-    finished: Tensor
-    """[rows] bool."""
+    row: int
+    """Which prompt it answers."""
+    token: int
+    logprob: float
+    is_last: bool
+    """Whether the answer is complete."""
 
 
 class Generator:
-    """Samples responses from an `OptModel` of pipeline degree 1."""
+    """Samples responses from a language model under a layout without pipeline stages."""
 
     def __init__(
-        self, model: OptModel, *, stop_ids: Sequence[int], suppressed_ids: Sequence[int] = ()
+        self,
+        source: OptModel | GenerationWeights,
+        *,
+        stop_ids: Sequence[int],
+        suppressed_ids: Sequence[int] = (),
+        config: GenerationConfig | None = None,
     ) -> None:
-        """Prepares generation; holds no copy of the weights.
+        """Prepares generation; holds no copy of the weights and takes no memory yet.
 
         Args:
-            model: The actor; a language model.
+            source: The actor, whose training layout is then the generation layout too, or its
+                weights as laid out for generation.
             stop_ids: Tokens that end a response and are part of it.
             suppressed_ids: Tokens that are never sampled.
+            config: Memory and batch limits.
 
         Raises:
             LayoutError: The model is cut into pipeline stages.
+            CapacityError: The cache cannot hold one block.
+            KernelError: The backend lacks an operation.
         """
-        self._runner = ModelRunner(model)
-        self._groups = model.groups
-        self._config = model.config
-        self._device = next(model.parameters()).device
+        self._source = source
+        self._settings = config if config is not None else GenerationConfig()
         self._stop_ids = tuple(stop_ids)
         self._suppressed_ids = tuple(suppressed_ids)
+        weights = self._weights()
+        self._config = weights.config
+        self._groups = weights.groups
+        self._device = weights.words.device
+        self._cache = PagedKvCache(
+            weights.config,
+            tensor=weights.tensor_degree,
+            num_bytes=int(self._settings.kv_cache_gb * 1e9),
+            block_size=self._settings.block_size,
+            max_sequences=self._settings.max_sequences,
+            dtype=weights.words.dtype,
+            device=self._device,
+        )
+        ModelRunner(weights, self._cache, backend=self._settings.backend)
+        self._statistics: SessionStatistics | None = None
 
-    def generate(self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int) -> Rollout:
+    @property
+    def cache(self) -> PagedKvCache:
+        """Keys and values; `cache.release()` gives their memory back between phases."""
+        return self._cache
+
+    @property
+    def statistics(self) -> SessionStatistics | None:
+        """How this rank's share of the latest call went; None before the first."""
+        return self._statistics
+
+    def generate(
+        self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int, num_samples: int = 1
+    ) -> Rollout:
         """Answers every prompt.
 
         Args:
             prompts: The global batch, equal on every rank; each prompt has at least one token.
             sampling: How tokens are chosen.
             seed: Names the random streams together with each prompt's id.
+            num_samples: Answers to each prompt, drawn independently.
 
         Returns:
-            The global rollout on the CPU, rows in the order of the prompts.
+            The global rollout on the CPU, rows in the order of the prompts, the samples of a prompt
+            one after the other.
 
         Raises:
-            CapacityError: A prompt and its longest response exceed the model's positions.
+            CapacityError: A prompt and its longest response exceed the model's positions or the
+                cache.
             DataError: A prompt is empty or has ids outside the vocabulary.
+            ConfigError: `num_samples` is below 1.
         """
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}: ask for at least 1 answer a prompt")
         self._check(prompts, sampling)
-        layout, own = self._groups.layout, self._groups.coordinate.data
+        replicas, own = self._groups.data.size(), self._groups.data.rank()
         # Dealt by length, so that every data rank gets its share of long prompts.
         order = prompts.lengths.argsort(stable=True, descending=True)
-        share = -(-prompts.num_rows // layout.data)
-        dealt = torch.nn.functional.pad(order, (0, share * layout.data - len(order)), value=-1)
-        mine = dealt[own :: layout.data]
+        share = -(-prompts.num_rows // replicas)
+        dealt = torch.nn.functional.pad(order, (0, share * replicas - len(order)), value=-1)
+        mine = dealt[own::replicas]
         local = prompts.select(mine[mine >= 0])
-        responses = self._empty(share, sampling)
+        answers = None
         if local.num_rows:
-            self._answer(local, responses, sampling=sampling, seed=seed)
-        rows = torch.cat([dealt[rank :: layout.data] for rank in range(layout.data)])
-        return self._assemble(prompts, responses, rows)
+            session = self._session(sampling)
+            keys = request_keys(local.ids.tolist(), seed=seed, num_samples=num_samples)
+            for _ in session.run(local, keys=keys):
+                pass
+            answers, self._statistics = session.answers, session.statistics
+        rows = torch.cat([dealt[rank::replicas] for rank in range(replicas)])
+        padded = self._padded(answers, share * num_samples, sampling.max_new_tokens)
+        samples = torch.arange(num_samples)
+        expanded = (rows[:, None] * num_samples + samples).masked_fill(rows[:, None] < 0, -1)
+        prompt_rows = torch.arange(prompts.num_rows).repeat_interleave(num_samples)
+        return self._assemble(prompts.select(prompt_rows), padded, expanded.flatten())
+
+    def stream(
+        self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int
+    ) -> Iterator[StreamedToken]:
+        """Answers prompts token by token, for a chat; each replica answers all of them.
+
+        All ranks of a tensor group must iterate alike. Whoever stops early frees the rest.
+
+        Args:
+            prompts: At least one; each has at least one token.
+            sampling: How tokens are chosen.
+            seed: Names the random streams together with each prompt's id.
+
+        Yields:
+            The tokens in the order in which they are sampled.
+
+        Raises:
+            CapacityError: As `generate`.
+            DataError: As `generate`.
+        """
+        self._check(prompts, sampling)
+        session = self._session(sampling)
+        for new in session.run(prompts, keys=request_keys(prompts.ids.tolist(), seed=seed)):
+            rows = zip(
+                new.answers.tolist(), new.tokens.tolist(), new.logprobs.tolist(), strict=True
+            )
+            for row, token, logprob in rows:
+                yield StreamedToken(row=row, token=token, logprob=logprob, is_last=row in new.ended)
+        self._statistics = session.statistics
+
+    def _weights(self) -> GenerationWeights:
+        """The weights as they are now: an optimizer may move a model's parameters in memory."""
+        if isinstance(self._source, GenerationWeights):
+            return self._source
+        return GenerationWeights.from_model(self._source)
+
+    def _session(self, sampling: SamplingConfig) -> DecodeSession:
+        weights = self._weights()
+        return DecodeSession(
+            ModelRunner(weights, self._cache, backend=self._settings.backend),
+            self._cache,
+            Sampler(
+                sampling,
+                stop_ids=self._stop_ids,
+                suppressed_ids=self._suppressed_ids,
+                vocabulary=VocabularySlice(
+                    start=weights.vocab_start,
+                    size=weights.local_vocab,
+                    group=weights.groups.tensor,
+                ),
+            ),
+            prefill_tokens=self._settings.prefill_tokens,
+            stop_ids=self._stop_ids,
+            max_new_tokens=sampling.max_new_tokens,
+        )
 
     def _check(self, prompts: PromptBatch, sampling: SamplingConfig) -> None:
-        """Refuses prompts that would index outside the model's tables, on every rank alike."""
-        longest, positions = int(prompts.lengths.max()), self._config.max_positions
-        if longest + sampling.max_new_tokens > positions:
-            raise CapacityError(
-                f"a prompt of {longest} tokens + max_new_tokens {sampling.max_new_tokens} = "
-                f"{longest + sampling.max_new_tokens} positions, but the model has {positions}: "
-                "shorten prompts or lower max_new_tokens"
-            )
+        """Refuses, on every rank alike, prompts that do not fit the model or the cache."""
         if int(prompts.lengths.min()) < 1:
             row = int(prompts.lengths.argmin())
             raise DataError(f"prompt {int(prompts.ids[row])} is empty: give it at least one token")
@@ -105,67 +227,57 @@ class Generator:
                 f"prompt token ids range from {low} to {high}, the model's vocabulary from 0 to "
                 f"{vocab - 1}: use the tokenizer the model was trained with"
             )
+        longest = int(prompts.lengths.max())
+        needed = longest + sampling.max_new_tokens
+        if needed > self._config.max_positions:
+            raise CapacityError(
+                f"a prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} "
+                f"need {needed} positions, but the model has {self._config.max_positions}: shorten "
+                "prompts or lower max_new_tokens"
+            )
+        blocks = -(-(needed - 1) // self._cache.block_size)
+        if blocks > self._cache.num_blocks:
+            raise CapacityError(
+                f"a prompt of {longest} tokens and a response of up to {sampling.max_new_tokens} "
+                f"need {blocks} blocks of {self._cache.block_size} tokens, "
+                f"{blocks * self._cache.block_bytes} bytes, but the key-value cache has "
+                f"{self._cache.num_blocks}: raise kv_cache_gb above "
+                f"{blocks * self._cache.block_bytes / 1e9:.3g}"
+            )
 
-    def _empty(self, rows: int, sampling: SamplingConfig) -> _Responses:
-        size, device = (rows, sampling.max_new_tokens), self._device
-        return _Responses(
+    def _padded(self, answers: Answers | None, rows: int, max_new_tokens: int) -> Answers:
+        """A replica's answers with filler rows at the end, so that all replicas have as many."""
+        size, device = (rows, max_new_tokens), self._device
+        padded = Answers(
             tokens=torch.zeros(size, dtype=torch.int64, device=device),
             logprobs=torch.zeros(size, device=device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
         )
+        if answers is not None:
+            num = len(answers.lengths)
+            padded.tokens[:num] = answers.tokens
+            padded.logprobs[:num] = answers.logprobs
+            padded.lengths[:num] = answers.lengths
+            padded.finished[:num] = answers.finished
+        return padded
 
-    def _answer(
-        self, prompts: PromptBatch, responses: _Responses, *, sampling: SamplingConfig, seed: int
-    ) -> None:
-        """Fills `responses` for this rank's prompts."""
-        sampler = Sampler(sampling, stop_ids=self._stop_ids, suppressed_ids=self._suppressed_ids)
-        generators = request_generators(prompts.ids.tolist(), seed=seed, device=self._device)
-        stops = torch.tensor(self._stop_ids, dtype=torch.int64, device=self._device)
-        prompt_len = int(prompts.lengths.max())
-        state, logits = self._runner.prefill(
-            prompts.tokens[:, :prompt_len].to(self._device),
-            prompts.lengths.to(self._device),
-            capacity=prompt_len + sampling.max_new_tokens,
-        )
-        rows = torch.arange(prompts.num_rows, device=self._device)  # request of each batch row
-        active = torch.ones_like(rows, dtype=torch.bool)
-        for position in range(sampling.max_new_tokens):
-            sampled = sampler.sample(
-                logits, generators=[generators[row] for row in rows.tolist()], position=position
-            )
-            live = rows[active]
-            responses.tokens[live, position] = sampled.tokens[active]
-            responses.logprobs[live, position] = sampled.logprobs[active]
-            responses.lengths[live] += 1
-            stopped = torch.isin(sampled.tokens, stops)
-            responses.finished[rows[active & stopped]] = True
-            active = active & ~stopped
-            num_active = int(active.sum())
-            if not num_active or position + 1 == sampling.max_new_tokens:
-                break
-            tokens = sampled.tokens
-            if num_active < _COMPACT_BELOW * len(rows):
-                state, rows, tokens = state.select(active), rows[active], tokens[active]
-                active = torch.ones_like(rows, dtype=torch.bool)
-            logits = self._runner.decode(state, tokens)
-
-    def _assemble(self, prompts: PromptBatch, responses: _Responses, rows: Tensor) -> Rollout:
-        """Gathers the responses of all data ranks and appends them to their prompts.
+    def _assemble(self, prompts: PromptBatch, answers: Answers, rows: Tensor) -> Rollout:
+        """Gathers the answers of all data ranks and appends them to their prompts.
 
         Args:
-            prompts: The global batch.
-            responses: This rank's, filler rows at the end.
-            rows: Prompt of each gathered response, -1 for fillers.
+            prompts: The global batch, one row an answer.
+            answers: This rank's, filler rows at the end.
+            rows: Row of each gathered answer, -1 for fillers.
         """
         group, real = self._groups.data, rows >= 0
         gathered = [
             all_gather_rows(values, group).cpu()[real]
             for values in (
-                responses.tokens,
-                responses.logprobs,
-                responses.lengths,
-                responses.finished.to(torch.int64),
+                answers.tokens,
+                answers.logprobs,
+                answers.lengths,
+                answers.finished.to(torch.int64),
             )
         ]
         back = rows[real].argsort()

@@ -1,7 +1,11 @@
 """The one place that turns logits into tokens: `SamplingConfig` and `Sampler`.
 
-Each request draws from a random stream of its own, named by (seed, request id, position), so a
-response does not depend on which other requests are in the batch, nor on the parallel layout.
+The vocabulary may be cut over a tensor group; ranks exchange a few numbers a row, never logits.
+A token is drawn by two Gumbel-max races (the largest of `log p + noise` is a draw from p): first
+among groups of `GROUP_TOKENS` neighbouring tokens by their total mass, then among the tokens of the
+winning group. That is exact, and takes `vocab / 128 + 128` random numbers instead of `vocab`.
+Noise is named by the request's key, the position and the group or token, so a response depends
+neither on which other requests are in the batch nor on the parallel layout.
 """
 
 from collections.abc import Sequence
@@ -11,9 +15,22 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from megachat.config import ConfigModel
+from megachat.errors import ConfigError
+from megachat.model.config import VOCAB_MULTIPLE
+from megachat.ops.philox import uniforms
+from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
 from megachat.parallel.rng import seed_for
+
+GROUP_TOKENS = VOCAB_MULTIPLE
+"""Tokens of a group. Every rank's slice of the vocabulary is a whole number of groups."""
+
+_GROUP_STREAM, _TOKEN_STREAM = 0, 1
+_DIGITS = ((21, 11), (10, 11), (0, 10))
+"""Shift and width of the parts of a 32-bit number, the most significant first."""
 
 
 class SamplingConfig(ConfigModel):
@@ -30,6 +47,12 @@ class SamplingConfig(ConfigModel):
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Keep the fewest tokens whose mass reaches p."
     )
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0,
+        description="Divides positive and multiplies negative logits of tokens that the prompt or "
+        "the response holds already; 1 changes nothing.",
+    )
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
@@ -42,20 +65,68 @@ class SamplingConfig(ConfigModel):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularySlice:
+    """The part of the vocabulary whose logits this rank has."""
+
+    start: int
+    """First id, a multiple of `GROUP_TOKENS`."""
+    size: int
+    """Columns of logits that mean something; padding follows."""
+    group: ProcessGroup
+    """Ranks that have the other parts, in the order of their ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """What each row's request consists of so far."""
+
+    tokens: Tensor
+    """[rows, seq] int64, prompt and response, padding to the right."""
+    lengths: Tensor
+    """[rows] int64, at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SampledTokens:
     """One new token for every row."""
 
     tokens: Tensor
     """[rows] int64."""
     logprobs: Tensor
-    """[rows] float32, under the temperature-scaled distribution before any truncation."""
+    """[rows] float32, under the temperature-scaled distribution before penalties, forbidden tokens
+    and truncation: the one that a training pass recomputes."""
+
+
+def request_keys(ids: Sequence[int], *, seed: int, num_samples: int = 1) -> Tensor:
+    """The random stream of each sample of each request.
+
+    Args:
+        ids: Identity of each request.
+        seed: Of the call.
+        num_samples: Answers to each request.
+
+    Returns:
+        `[len(ids) * num_samples]` int64, the samples of a request side by side.
+    """
+    return torch.tensor(
+        [
+            seed_for(seed, "request", request, sample)
+            for request in ids
+            for sample in range(num_samples)
+        ]
+    )
 
 
 class Sampler:
     """Chooses the next token of every row of a batch."""
 
     def __init__(
-        self, config: SamplingConfig, *, stop_ids: Sequence[int], suppressed_ids: Sequence[int]
+        self,
+        config: SamplingConfig,
+        *,
+        stop_ids: Sequence[int],
+        suppressed_ids: Sequence[int],
+        vocabulary: VocabularySlice | None = None,
     ) -> None:
         """Fixes the rules.
 
@@ -63,63 +134,201 @@ class Sampler:
             config: Temperature and truncation.
             stop_ids: Tokens that end a response.
             suppressed_ids: Tokens that are never chosen (padding and other control symbols).
+            vocabulary: This rank's slice; None means that rows hold the whole vocabulary.
+
+        Raises:
+            ConfigError: The slice does not start at a group of tokens.
         """
         self._config = config
-        self._stop_ids = list(stop_ids)
-        self._suppressed_ids = list(suppressed_ids)
+        self._start = vocabulary.start if vocabulary is not None else 0
+        # A slice that is all padding keeps one column, which has no mass.
+        self._size = max(1, vocabulary.size) if vocabulary is not None else None
+        self._group = vocabulary.group if vocabulary is not None else None
+        if self._start % GROUP_TOKENS:
+            raise ConfigError(
+                f"a slice of the vocabulary starts at {self._start}, which is no multiple of "
+                f"{GROUP_TOKENS}: pad the vocabulary of every rank to one"
+            )
+        self._stop_ids = tuple(stop_ids)
+        self._suppressed_ids = tuple(suppressed_ids)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether `sample` must be told what was said so far."""
+        return self._config.repetition_penalty != 1.0
 
     def sample(
-        self, logits: Tensor, *, generators: Sequence[torch.Generator], position: int
+        self, logits: Tensor, *, keys: Tensor, positions: Tensor, history: History | None = None
     ) -> SampledTokens:
-        """Chooses one token a row.
+        """Chooses one token a row; a collective call of the vocabulary's group.
 
         Args:
-            logits: `[rows, vocab]`, any float dtype.
-            generators: The random stream of each row.
-            position: Number of response tokens before this one.
+            logits: `[rows, vocab/tp]`, any float dtype.
+            keys: `[rows]` int64, the random stream of each row.
+            positions: `[rows]` int64, number of response tokens before this one.
+            history: What was said so far; needed for a repetition penalty.
+
+        Raises:
+            ConfigError: There is a repetition penalty and no history.
         """
         config = self._config
-        scaled = logits.float() / (config.temperature or 1.0)
-        logprobs = scaled.log_softmax(dim=-1)
-        allowed = scaled.clone()
-        allowed[:, self._suppressed_ids] = -torch.inf
-        if position + 1 < config.min_new_tokens:
-            allowed[:, self._stop_ids] = -torch.inf
+        logits = logits[:, : self._size].float()
+        scaled = logits / config.temperature if config.temperature else logits
+        total = scaled.logsumexp(dim=1)
+        choice = self._forbid(self._penalize(scaled, history), positions)
         if config.temperature == 0:
-            tokens = allowed.argmax(dim=-1)
+            scores, tokens = choice.max(dim=1)
         else:
-            tokens = self._draw(self._truncate(allowed), generators)
-        chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-        return SampledTokens(tokens=tokens, logprobs=chosen)
+            scores, tokens = self._race(self._truncate(choice), keys, positions)
+        chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
+        return self._combine(scores, tokens + self._start, chosen, total)
 
-    def _truncate(self, scaled: Tensor) -> Tensor:
-        """Applies top-k, then top-p; what is cut becomes minus infinity."""
-        config, vocab = self._config, scaled.shape[-1]
-        if 0 < config.top_k < vocab:
-            smallest = scaled.topk(config.top_k, dim=-1).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
-        if config.top_p < 1.0:
-            ordered, order = scaled.sort(dim=-1, descending=True)
-            probabilities = ordered.softmax(dim=-1)
-            # A token stays while the mass before it is below p, so the one that reaches p stays.
-            outside = probabilities.cumsum(dim=-1) - probabilities >= config.top_p
-            scaled = scaled.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-        return scaled
+    def _penalize(self, scaled: Tensor, history: History | None) -> Tensor:
+        """A copy of the logits in which tokens that were said are less likely."""
+        penalty = self._config.repetition_penalty
+        if not self.needs_history:
+            return scaled.clone()
+        if history is None:
+            raise ConfigError(
+                f"repetition_penalty {penalty} needs the tokens so far, and none were given"
+            )
+        columns = torch.arange(history.tokens.shape[1], device=scaled.device)
+        local = history.tokens - self._start
+        outside = (local < 0) | (local >= scaled.shape[1])
+        outside |= columns >= history.lengths[:, None]
+        said = scaled.new_zeros(scaled.shape[0], scaled.shape[1] + 1, dtype=torch.bool)
+        said.scatter_(1, local.masked_fill(outside, scaled.shape[1]), True)
+        penalized = torch.where(scaled > 0, scaled / penalty, scaled * penalty)
+        return torch.where(said[:, :-1], penalized, scaled)
 
-    @staticmethod
-    def _draw(scaled: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """An exponential race (Gumbel-max): Exp(1) / p is smallest at each token with chance p."""
-        noise = torch.empty_like(scaled)
-        for row, generator in zip(noise, generators, strict=True):
-            row.exponential_(generator=generator)
-        return (scaled.softmax(dim=-1) / noise).argmax(dim=-1)
+    def _forbid(self, choice: Tensor, positions: Tensor) -> Tensor:
+        """Makes suppressed tokens, and stop tokens that come too early, impossible; in place."""
+        suppressed = self._columns(self._suppressed_ids, choice)
+        choice[:, suppressed] = -torch.inf
+        if self._config.min_new_tokens > 1:
+            stops = self._columns(self._stop_ids, choice)
+            early = positions[:, None] + 1 < self._config.min_new_tokens
+            choice[:, stops] = choice[:, stops].masked_fill(early, -torch.inf)
+        return choice
+
+    def _columns(self, ids: Sequence[int], choice: Tensor) -> list[int]:
+        """Columns of ids in this rank's slice."""
+        columns = (token - self._start for token in ids)
+        return [column for column in columns if 0 <= column < choice.shape[1]]
+
+    def _truncate(self, choice: Tensor) -> Tensor:
+        """Applies top-k, then top-p; what is cut becomes minus infinity.
+
+        Tokens exactly as likely as the last one that is kept are kept too, so the result does not
+        depend on an order among them.
+        """
+        if self._config.top_k:
+            largest = self._largest(choice, self._config.top_k)
+            edge = largest[:, -1:]
+            if self._config.top_p < 1.0:
+                masses = largest.double().softmax(dim=1)
+                outside = masses.cumsum(dim=1) - masses >= self._config.top_p
+                edge = largest.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
+        elif self._config.top_p < 1.0:
+            edge = self._nucleus_edge(choice)
+        else:
+            return choice
+        return choice.masked_fill_(choice < edge, -torch.inf)
+
+    def _largest(self, choice: Tensor, count: int) -> Tensor:
+        """`[rows, count]`, or all, largest logits of the whole vocabulary in falling order."""
+        largest = choice.topk(min(count, choice.shape[1]), dim=1).values
+        if self._group is None or self._group.size() == 1:
+            return largest
+        largest = F.pad(largest, (0, count - largest.shape[1]), value=-torch.inf)
+        return all_gather_last_dim(largest, self._group).topk(count, dim=1).values
+
+    def _nucleus_edge(self, choice: Tensor) -> Tensor:
+        """The smallest logit of each row's nucleus, `[rows, 1]`.
+
+        Finds the largest x for which the tokens with logits of at least x have mass p, digit by
+        digit of its binary form: each pass sums the mass by the next digit, over all ranks, among
+        the tokens that agree in the digits before. Three histograms of up to 2048 numbers a row
+        are exchanged, whatever the vocabulary.
+        """
+        num_rows, num_columns = choice.shape
+        peak = self._over_ranks_max(choice.amax(dim=1, keepdim=True))
+        weights = (choice - peak).exp_().double().flatten()
+        ordered = _order_preserving(choice).flatten()
+        rows = torch.arange(num_rows, device=choice.device).repeat_interleave(num_columns)
+        edge = ordered.new_zeros(num_rows)
+        above = weights.new_zeros(num_rows, 1)
+        wanted = weights.new_full((num_rows, 1), -1.0)
+        for shift, width in _DIGITS:
+            histogram = weights.new_zeros(num_rows, 1 << width)
+            digits = (ordered >> shift) & ((1 << width) - 1)
+            histogram.view(-1).index_add_(0, (rows << width) + digits, weights)
+            if self._group is not None:
+                all_reduce_sum(histogram, self._group)
+            if shift == _DIGITS[0][0]:
+                wanted = self._config.top_p * histogram.sum(dim=1, keepdim=True)
+            from_top = histogram.flip(1).cumsum(dim=1).flip(1) + above
+            # The mass falls with the digit: count the digits that still reach p.
+            digit = (from_top >= wanted).sum(dim=1, keepdim=True).sub_(1).clamp_(min=0)
+            above = from_top.gather(1, digit) - histogram.gather(1, digit)
+            edge |= digit.squeeze(1) << shift
+            agreeing = (digits == digit.squeeze(1)[rows]).nonzero().squeeze(1)
+            rows, ordered, weights = rows[agreeing], ordered[agreeing], weights[agreeing]
+        return _order_restoring(edge)[:, None]
+
+    def _over_ranks_max(self, values: Tensor) -> Tensor:
+        """`[rows, 1]` numbers to their largest over the vocabulary's group."""
+        if self._group is None:
+            return values
+        return all_gather_last_dim(values, self._group).amax(dim=1, keepdim=True)
+
+    def _race(self, choice: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The winning column of each row in this rank's slice, and its group's score."""
+        rows, columns = choice.shape
+        num_groups = -(-columns // GROUP_TOKENS)
+        choice = F.pad(choice, (0, num_groups * GROUP_TOKENS - columns), value=-torch.inf)
+        grouped = choice.view(rows, num_groups, GROUP_TOKENS)
+        first_group = self._start // GROUP_TOKENS
+        scores = grouped.logsumexp(dim=2).double() + _gumbel(
+            keys, positions, stream=_GROUP_STREAM, first=first_group, count=num_groups
+        )
+        best, group = scores.max(dim=1)
+        tokens = grouped[torch.arange(rows, device=choice.device), group].double()
+        # Every group of a row has noise of its own, or neighbouring groups would be alike.
+        noise = _gumbel(
+            keys, positions, stream=_TOKEN_STREAM + first_group + group, first=0, count=GROUP_TOKENS
+        )
+        return best, group * GROUP_TOKENS + (tokens + noise).argmax(dim=1)
+
+    def _combine(
+        self, scores: Tensor, tokens: Tensor, chosen: Tensor, total: Tensor
+    ) -> SampledTokens:
+        """The winner over all ranks, from one exchange of four numbers a row."""
+        if self._group is not None and self._group.size() > 1:
+            mine = torch.stack([scores.double(), tokens.double(), chosen.double(), total.double()])
+            ranks = all_gather_rows(mine[None], self._group)
+            winner = ranks[:, 0].argmax(dim=0, keepdim=True)  # the lowest rank of equal ones
+            tokens, chosen = (ranks[:, i].gather(0, winner).squeeze(0) for i in (1, 2))
+            total = ranks[:, 3].logsumexp(dim=0)
+        return SampledTokens(tokens=tokens.long(), logprobs=(chosen - total).float())
 
 
-def request_generators(
-    ids: Sequence[int], *, seed: int, device: torch.device
-) -> list[torch.Generator]:
-    """The random stream of each request."""
-    return [
-        torch.Generator(device=device).manual_seed(seed_for(seed, "request", request))
-        for request in ids
-    ]
+def _gumbel(
+    keys: Tensor, positions: Tensor, *, stream: int | Tensor, first: int, count: int
+) -> Tensor:
+    """`[rows, count]` float64 standard Gumbel noise; see `uniforms` for the arguments."""
+    numbers = uniforms(keys, positions=positions, stream=stream, first=first, count=count)
+    return numbers.log_().neg_().log_().neg_()
+
+
+def _order_preserving(x: Tensor) -> Tensor:
+    """float32 numbers to int64 in [0, 2**32) in the same order."""
+    bits = x.view(torch.int32)
+    flipped = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return flipped.long() + (1 << 31)
+
+
+def _order_restoring(ordered: Tensor) -> Tensor:
+    """Inverse of `_order_preserving`."""
+    flipped = (ordered - (1 << 31)).int()
+    return torch.where(flipped < 0, flipped ^ 0x7FFFFFFF, flipped).view(torch.float32)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megachat.generation.blocks import BlockAllocator
 from megachat.generation.kv_cache import PagedKvCache
-from megachat.generation.paged_runner import DecodeRows, ModelRunner, PackedStep, PrefillRows
-from megachat.generation.paged_sampling import History, Sampler
+from megachat.generation.runner import DecodeRows, ModelRunner, PackedStep, PrefillRows
+from megachat.generation.sampling import History, Sampler
 from megachat.generation.scheduler import (
     DecodeRequest,
     DecodeScheduler,
@@ -74,7 +74,9 @@ class _Rows:
 
     @classmethod
     def of(cls, rows: tuple[SampledRow, ...], device: torch.device) -> "_Rows":
-        pairs = torch.tensor([(row.sequence, row.slot) for row in rows], dtype=torch.int64, device=device)
+        pairs = torch.tensor(
+            [(row.sequence, row.slot) for row in rows], dtype=torch.int64, device=device
+        )
         pairs = pairs.view(-1, 2).t().contiguous()
         return cls(answers=pairs[0], slots=pairs[1])
 
@@ -114,11 +116,8 @@ class DecodeSession:
         self._device = cache.tables.device
         self._max_new_tokens = max_new_tokens
         self._stops = torch.tensor(stop_ids, dtype=torch.int64, device=self._device)
-        self._scheduler = DecodeScheduler(
-            BlockAllocator(cache.num_blocks, block_size=cache.block_size),
-            max_sequences=cache.max_sequences,
-            prefill_tokens=prefill_tokens,
-        )
+        self._prefill_tokens = prefill_tokens
+        self._scheduler = self._new_scheduler(cache.num_blocks)
         self._decode: tuple[tuple[SampledRow, ...], _Rows] = ((), _Rows.of((), self._device))
         self._counts = {field.name: 0 for field in fields(SessionStatistics)}
 
@@ -146,6 +145,10 @@ class DecodeSession:
         self._logprobs = torch.zeros(len(keys), self._max_new_tokens, device=self._device)
         self._generated = torch.zeros_like(self._prompt_lengths)
         self._stopped = torch.zeros(len(keys), dtype=torch.bool, device=self._device)
+        # No more blocks than could ever be used, so that the touched part of the pool stays small.
+        ceilings = self._prompt_lengths + self._max_new_tokens - 1 + self._cache.block_size - 1
+        needed = int((ceilings // self._cache.block_size).sum())
+        self._scheduler = self._new_scheduler(max(1, min(needed, self._cache.num_blocks)))
         rows = zip(prompts.tokens.tolist(), prompts.lengths.tolist(), strict=True)
         for number, (tokens, length) in enumerate(rows):
             self._scheduler.add(
@@ -179,6 +182,13 @@ class DecodeSession:
     def statistics(self) -> SessionStatistics:
         """Of all runs."""
         return SessionStatistics(**self._counts)
+
+    def _new_scheduler(self, num_blocks: int) -> DecodeScheduler:
+        return DecodeScheduler(
+            BlockAllocator(num_blocks, block_size=self._cache.block_size),
+            max_sequences=self._cache.max_sequences,
+            prefill_tokens=self._prefill_tokens,
+        )
 
     def _step(self) -> NewTokens:
         """Computes what the scheduler says and tells it what came of it."""

@@ -5,14 +5,26 @@ which training shards were gathered. Always views: generation holds no weights o
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megachat.errors import LayoutError
 from megachat.model.config import POSITION_OFFSET, OptConfig
 from megachat.model.opt import OptModel
-from megachat.parallel.groups import ProcessGroups
+
+
+class ReplicaCommunicators(Protocol):
+    """The two groups that generation talks in; `ProcessGroups` has them."""
+
+    @property
+    def tensor(self) -> ProcessGroup:
+        """Ranks that share one copy of the model, in the order of their shards."""
+
+    @property
+    def data(self) -> ProcessGroup:
+        """Ranks with the same shard of the copies that answer different prompts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +62,8 @@ class GenerationWeights:
     """This rank's share of a whole language model under a layout without pipeline stages."""
 
     config: OptConfig
-    groups: ProcessGroups
-    """Of the generation layout: its tensor group shares the layers, its data group holds the
-    replicas that answer different prompts."""
+    groups: ReplicaCommunicators
+    """Of the generation layout."""
     layers: tuple[GenerationLayer, ...]
     words: Tensor
     """`[padded_vocab/tp, embed_dim]`, input and output embedding."""
@@ -71,14 +82,8 @@ class GenerationWeights:
         """Checks that every tensor has the shape that the architecture and the layout ask for.
 
         Raises:
-            LayoutError: The layout has pipeline stages, or a shape does not fit it.
+            LayoutError: A layer is missing, or a shape does not fit the tensor degree.
         """
-        layout = self.groups.layout
-        if layout.pipeline > 1:
-            raise LayoutError(
-                f"generation needs whole models, but layout {layout} cuts the actor into "
-                f"{layout.pipeline} pipeline stages: use pipeline degree 1"
-            )
         if len(self.layers) != self.config.layers:
             raise LayoutError(
                 f"generation has the weights of {len(self.layers)} layers, the model has "
@@ -86,7 +91,7 @@ class GenerationWeights:
             )
         for number, layer in enumerate(self.layers):
             self._check_layer(number, layer)
-        config, tensor = self.config, layout.tensor
+        config, tensor = self.config, self.tensor_degree
         rows = self.words.shape[0]
         if rows * tensor < config.vocab_size:
             raise LayoutError(
@@ -142,9 +147,14 @@ class GenerationWeights:
         )
 
     @property
+    def tensor_degree(self) -> int:
+        """Ranks that share one copy of the model."""
+        return self.groups.tensor.size()
+
+    @property
     def vocab_start(self) -> int:
         """First vocabulary id of this rank's slice."""
-        return self.groups.coordinate.tensor * self.words.shape[0]
+        return self.groups.tensor.rank() * self.words.shape[0]
 
     @property
     def local_vocab(self) -> int:
@@ -153,21 +163,21 @@ class GenerationWeights:
         return min(max(self.config.vocab_size - self.vocab_start, 0), rows)
 
     def _check_layer(self, number: int, layer: GenerationLayer) -> None:
-        config, tensor = self.config, self.groups.layout.tensor
+        config, tensor = self.config, self.tensor_degree
         hidden, width, ffn = config.hidden, config.hidden // tensor, config.ffn // tensor
-        tiles = layer.proj_weight.shape[0]
+        proj, fc2 = len(layer.proj_weight), len(layer.fc2_weight)
         for name, found, expected in (
             ("norm1.weight", layer.norm1_weight, (hidden,)),
             ("norm1.bias", layer.norm1_bias, (hidden,)),
             ("qkv.weight", layer.qkv_weight, (3 * width, hidden)),
             ("qkv.bias", layer.qkv_bias, (3 * width,)),
-            ("proj.weight", layer.proj_weight, (tiles, hidden, width // tiles)),
+            ("proj.weight", layer.proj_weight, (proj, hidden, width // proj)),
             ("proj.bias", layer.proj_bias, (hidden,)),
             ("norm2.weight", layer.norm2_weight, (hidden,)),
             ("norm2.bias", layer.norm2_bias, (hidden,)),
             ("fc1.weight", layer.fc1_weight, (ffn, hidden)),
             ("fc1.bias", layer.fc1_bias, (ffn,)),
-            ("fc2.weight", layer.fc2_weight, (tiles, hidden, ffn // tiles)),
+            ("fc2.weight", layer.fc2_weight, (fc2, hidden, ffn // fc2)),
             ("fc2.bias", layer.fc2_bias, (hidden,)),
         ):
             _check_shape(f"layers.{number}.{name}", found, expected)

@@ -88,7 +88,7 @@ def _prefill(
     lengths = offsets.diff()
     # Chunks of similar length go together, so that padding them costs at most a factor of two.
     sizes = torch.frexp(lengths.clamp(min=1).double() - 0.5).exponent
-    for size in sizes.unique().tolist():
+    for size in sorted(set(sizes.tolist())):
         chunks = (sizes == size).nonzero().squeeze(1)
         _prefill_padded(query, out, (keys, values), tables[chunks], starts[chunks], offsets, chunks)
     return out

@@ -9,11 +9,13 @@ adds the foreign blocks of the weight arena and the key/value cache, which takes
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 
 from megachat.errors import CapacityError
 from megachat.planner.hardware import GB, ClusterConfig
-from megachat.planner.job import Job, Role, RoleSetup
+from megachat.planner.job import Job, Role, RoleSetup, Workload
 from megachat.planner.records import (
     CachePlan,
     Measure,
@@ -26,8 +28,7 @@ from megachat.planner.records import (
     Residence,
     merged,
 )
-from megachat.planner.sizes import stage_elements
-from megachat.planner.traffic import reshard_traffic
+from megachat.planner.sizes import generation_elements, stage_elements
 from megachat.planner.transients import (
     Transients,
     generation_workspace,
@@ -126,7 +127,6 @@ class _Planner:
         self._job = job
         self._measures = measures
         self._budget = cluster.budget_bytes
-        self._traffic = reshard_traffic(job, cluster)
 
     def cache(self, kinds: list[tuple[int, int]]) -> CachePlan:
         """The cache that fits beside everything else on the fullest rank."""
@@ -153,46 +153,20 @@ class _Planner:
         self, actor_stage: int, critic_stage: int, cache: CachePlan
     ) -> tuple[PhaseMemory, ...]:
         """All phases of one kind of rank."""
-        job, work = self._job, self._job.workload
-        actor, critic = job.actor, job.critic
-        return (
-            PhaseMemory(
-                phase=Phase.SFT,
-                pools=merged(
-                    (
-                        *_trained(Role.ACTOR, actor, actor_stage),
-                        *_transient(
-                            Role.ACTOR,
-                            _training(actor, actor_stage, work.sft_rows, work.sft_tokens),
-                        ),
-                    )
-                ),
-            ),
-            PhaseMemory(
-                phase=Phase.REWARD_TRAINING,
-                pools=merged(
-                    (
-                        *_trained(Role.CRITIC, critic, critic_stage),
-                        *_transient(
-                            Role.CRITIC,
-                            _training(
-                                critic, critic_stage, work.reward_pairs, work.sft_tokens, answers=2
-                            ),
-                        ),
-                    )
-                ),
-            ),
-            PhaseMemory(
-                phase=Phase.GENERATION,
-                pools=merged(self._generation(actor_stage, critic_stage, cache.num_bytes)),
-            ),
-            PhaseMemory(
-                phase=Phase.SCORING, pools=merged(self._scoring(actor_stage, critic_stage))
-            ),
-            PhaseMemory(
-                phase=Phase.PPO_TRAINING, pools=merged(self._ppo(actor_stage, critic_stage))
-            ),
+        job = self._job
+        parts = _Parts(
+            actor=job.actor,
+            critic=job.critic,
+            workload=job.workload,
+            actor_stage=actor_stage,
+            critic_stage=critic_stage,
+            scorers_away=Measure.OFFLOAD_SCORERS in self._measures,
         )
+        generation = PhaseMemory(
+            phase=Phase.GENERATION,
+            pools=merged(self._generation(actor_stage, critic_stage, cache.num_bytes)),
+        )
+        return (*_stage_phases(parts), generation, *_step_phases(parts))
 
     def _free_for_cache(self, actor_stage: int, critic_stage: int) -> int:
         """Bytes that the generation phase leaves on one kind of rank."""
@@ -212,8 +186,8 @@ class _Planner:
         self, actor_stage: int, critic_stage: int, cache_bytes: int
     ) -> Iterator[PoolBytes]:
         job, measures = self._job, self._measures
-        own = stage_elements(job.actor, stage=actor_stage).total * job.actor.value_bytes
-        foreign = max(0, self._traffic.stages[actor_stage].arena - own)
+        shard = generation_elements(job.actor, tensor=job.generation_tensor, stage=actor_stage)
+        foreign = shard.foreign * job.actor.value_bytes
         for item in _trained(Role.ACTOR, job.actor, actor_stage):
             if item.pool is Pool.GRADIENTS and Measure.REUSE_GRADIENTS in measures:
                 lent = min(item.num_bytes, foreign + cache_bytes)
@@ -230,60 +204,125 @@ class _Planner:
         for item in _trained(Role.CRITIC, job.critic, critic_stage):
             offloaded = item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_CRITIC in measures
             yield _moved(item, Residence.HOST, item.num_bytes) if offloaded else item
-        yield from self._scorers(actor_stage, critic_stage, Phase.GENERATION)
-
-    def _scoring(self, actor_stage: int, critic_stage: int) -> Iterator[PoolBytes]:
-        job, work = self._job, self._job.workload
-        yield from _trained(Role.ACTOR, job.actor, actor_stage)
-        yield from _trained(Role.CRITIC, job.critic, critic_stage)
-        yield from self._scorers(actor_stage, critic_stage, Phase.SCORING)
-
-        def transients(setup: RoleSetup, stage: int) -> Transients:
-            rows = setup.rows_at_once(work.prompts)
-            return scoring_transients(setup, stage=stage, rows=rows, tokens=work.sequence_tokens)
-
-        yield from _larger(
-            (Role.ACTOR, transients(job.actor, actor_stage)),
-            (Role.CRITIC, transients(job.critic, critic_stage)),
-        )
-
-    def _ppo(self, actor_stage: int, critic_stage: int) -> Iterator[PoolBytes]:
-        job, work = self._job, self._job.workload
-        yield from _trained(Role.ACTOR, job.actor, actor_stage)
-        yield from _trained(Role.CRITIC, job.critic, critic_stage)
-        yield from self._scorers(actor_stage, critic_stage, Phase.PPO_TRAINING)
-        rows, tokens = work.minibatch_rows, work.sequence_tokens
-        yield from _larger(
-            (Role.ACTOR, _training(job.actor, actor_stage, rows, tokens)),
-            (Role.CRITIC, _training(job.critic, critic_stage, rows, tokens)),
-        )
-
-    def _scorers(self, actor_stage: int, critic_stage: int, phase: Phase) -> Iterator[PoolBytes]:
-        """Reference and reward model."""
-        away = phase is not Phase.SCORING and Measure.OFFLOAD_SCORERS in self._measures
-        residence = Residence.HOST if away else Residence.DEVICE
+        away = Measure.OFFLOAD_SCORERS in measures
         for role, setup, stage in (
-            (Role.REFERENCE, self._job.actor, actor_stage),
-            (Role.REWARD, self._job.critic, critic_stage),
+            (Role.REFERENCE, job.actor, actor_stage),
+            (Role.REWARD, job.critic, critic_stage),
         ):
             for item in _weights(role, setup, stage):
-                yield _moved(item, residence, item.num_bytes)
+                yield _moved(item, Residence.HOST, item.num_bytes) if away else item
 
 
-def _weights(role: Role, setup: RoleSetup, stage: int) -> Iterator[PoolBytes]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    """What the phases without a generation layout depend on."""
+
+    actor: RoleSetup
+    critic: RoleSetup
+    workload: Workload
+    actor_stage: int
+    critic_stage: int
+    scorers_away: bool
+    """Whether reference and reward model are in host memory except while scoring."""
+
+
+@cache
+def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
+    """The first two stages of a run, one model each."""
+    actor, critic, work = parts.actor, parts.critic, parts.workload
+    sft = _training(actor, parts.actor_stage, work.sft_rows, work.sft_tokens)
+    pairs = _training(critic, parts.critic_stage, work.reward_pairs, work.sft_tokens, answers=2)
+    return (
+        PhaseMemory(
+            phase=Phase.SFT,
+            pools=merged(
+                (
+                    *_trained(Role.ACTOR, actor, parts.actor_stage),
+                    *_transient(Role.ACTOR, sft),
+                )
+            ),
+        ),
+        PhaseMemory(
+            phase=Phase.REWARD_TRAINING,
+            pools=merged(
+                (
+                    *_trained(Role.CRITIC, critic, parts.critic_stage),
+                    *_transient(Role.CRITIC, pairs),
+                )
+            ),
+        ),
+    )
+
+
+@cache
+def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
+    """Scoring and training of a PPO step; the roles run one after the other."""
+    actor, critic, work = parts.actor, parts.critic, parts.workload
+    stages = {Role.ACTOR: (actor, parts.actor_stage), Role.CRITIC: (critic, parts.critic_stage)}
+    trained = [
+        item for role, (setup, stage) in stages.items() for item in _trained(role, setup, stage)
+    ]
+    scoring = {
+        role: scoring_transients(
+            setup,
+            stage=stage,
+            rows=setup.rows_at_once(work.prompts),
+            tokens=work.sequence_tokens,
+        )
+        for role, (setup, stage) in stages.items()
+    }
+    training = {
+        role: _training(setup, stage, work.minibatch_rows, work.sequence_tokens)
+        for role, (setup, stage) in stages.items()
+    }
+    return (
+        PhaseMemory(
+            phase=Phase.SCORING,
+            pools=merged((*trained, *_scorers(parts, Residence.DEVICE), *_largest(scoring))),
+        ),
+        PhaseMemory(
+            phase=Phase.PPO_TRAINING,
+            pools=merged(
+                (
+                    *trained,
+                    *_scorers(parts, Residence.HOST if parts.scorers_away else Residence.DEVICE),
+                    *_largest(training),
+                )
+            ),
+        ),
+    )
+
+
+def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
+    """Reference and reward model."""
+    for role, setup, stage in (
+        (Role.REFERENCE, parts.actor, parts.actor_stage),
+        (Role.REWARD, parts.critic, parts.critic_stage),
+    ):
+        for item in _weights(role, setup, stage):
+            yield _moved(item, residence, item.num_bytes)
+
+
+@cache
+def _weights(role: Role, setup: RoleSetup, stage: int) -> tuple[PoolBytes, ...]:
     elements = stage_elements(setup, stage=stage)
-    yield _device(role, Pool.WEIGHTS, elements.layers * setup.value_bytes)
-    yield _device(role, Pool.EMBEDDINGS, elements.embeddings * setup.value_bytes)
+    return (
+        _device(role, Pool.WEIGHTS, elements.layers * setup.value_bytes),
+        _device(role, Pool.EMBEDDINGS, elements.embeddings * setup.value_bytes),
+    )
 
 
-def _trained(role: Role, setup: RoleSetup, stage: int) -> Iterator[PoolBytes]:
+@cache
+def _trained(role: Role, setup: RoleSetup, stage: int) -> tuple[PoolBytes, ...]:
     """Long-lived pools of a model that trains."""
-    yield from _weights(role, setup, stage)
     elements = stage_elements(setup, stage=stage).total
     share = -(-elements // setup.layout.data)
-    yield _device(role, Pool.GRADIENTS, elements * _GRADIENT_BYTES)
-    yield _device(role, Pool.MASTERS, share * _MASTER_BYTES)
-    yield _device(role, Pool.MOMENTS, share * _MOMENT_BYTES)
+    return (
+        *_weights(role, setup, stage),
+        _device(role, Pool.GRADIENTS, elements * _GRADIENT_BYTES),
+        _device(role, Pool.MASTERS, share * _MASTER_BYTES),
+        _device(role, Pool.MOMENTS, share * _MOMENT_BYTES),
+    )
 
 
 def _training(
@@ -304,10 +343,10 @@ def _transient(role: Role, transients: Transients) -> Iterator[PoolBytes]:
     yield _device(role, Pool.WORKSPACE, transients.workspace)
 
 
-def _larger(*candidates: tuple[Role, Transients]) -> Iterator[PoolBytes]:
-    """The transients of the role that needs most: the roles run one after the other."""
-    role, transients = max(candidates, key=lambda item: item[1].activations + item[1].workspace)
-    return _transient(role, transients)
+def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
+    """The transients of the role that needs most."""
+    role = max(transients, key=lambda role: transients[role].total)
+    return _transient(role, transients[role])
 
 
 def _device(role: Role, pool: Pool, num_bytes: int) -> PoolBytes:

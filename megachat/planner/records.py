@@ -176,9 +176,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether every peak is within its budget."""
-        return (
-            self.peak_bytes <= self.budget_bytes and self.host_bytes <= self.host_budget_bytes
-        )
+        return self.peak_bytes <= self.budget_bytes and self.host_bytes <= self.host_budget_bytes
 
 
 def merged(pools: Iterable[PoolBytes]) -> tuple[PoolBytes, ...]:

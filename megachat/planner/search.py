@@ -17,15 +17,12 @@ from megachat.planner.job import Job, RoleSetup, Workload
 from megachat.planner.memory import plan_memory, refusal, trained_bytes
 from megachat.planner.records import Measure, MemoryPlan, Phase
 from megachat.planner.time import StepSeconds, predict_seconds
-from megachat.planner.traffic import ReshardTraffic, reshard_traffic
 
 _LADDER: tuple[frozenset[Measure], ...] = (
     frozenset(),
     frozenset({Measure.REUSE_GRADIENTS}),
     frozenset({Measure.REUSE_GRADIENTS, Measure.OFFLOAD_OPTIMIZER}),
-    frozenset(
-        {Measure.REUSE_GRADIENTS, Measure.OFFLOAD_OPTIMIZER, Measure.OFFLOAD_SCORERS}
-    ),
+    frozenset({Measure.REUSE_GRADIENTS, Measure.OFFLOAD_OPTIMIZER, Measure.OFFLOAD_SCORERS}),
     frozenset(Measure),
 )
 """Sets of measures, each making more room than the one before: what is free comes first, then what
@@ -64,7 +61,6 @@ class Plan:
     job: Job
     cluster: ClusterConfig
     memory: MemoryPlan
-    traffic: ReshardTraffic
     seconds: StepSeconds
     """Of one PPO step; predicted."""
 
@@ -127,9 +123,7 @@ def search(request: PlanRequest) -> SearchResult:
                 break
     plans.sort(key=lambda plan: plan.seconds.total)
     refused.sort(key=lambda item: item.excess_bytes)
-    return SearchResult(
-        plans=tuple(plans), refusals=tuple(item.refusal for item in refused)
-    )
+    return SearchResult(plans=tuple(plans), refusals=tuple(item.refusal for item in refused))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +143,7 @@ def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | 
         if roomiest.fits:
             memories = (plan_memory(job, request.cluster, rung) for rung in _LADDER)
             plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
-            return min(
-                plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures))
-            )
+            return min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
     reason = refusal(roomiest)
     assert reason is not None
     generates = roomiest.fullest.peak.phase is Phase.GENERATION
@@ -168,7 +160,6 @@ def _timed(job: Job, cluster: ClusterConfig, memory: MemoryPlan) -> Plan:
         job=job,
         cluster=cluster,
         memory=memory,
-        traffic=reshard_traffic(job, cluster),
         seconds=predict_seconds(job, cluster, memory),
     )
 
@@ -181,9 +172,7 @@ def _training_layouts(request: PlanRequest) -> Iterator[ParallelLayout]:
     config, cluster = request.actor, request.cluster
     for tensor in _divisors(cluster.gpus_per_node):
         for pipeline in _divisors(cluster.world_size // tensor):
-            layout = ParallelLayout.for_world(
-                cluster.world_size, tensor=tensor, pipeline=pipeline
-            )
+            layout = ParallelLayout.for_world(cluster.world_size, tensor=tensor, pipeline=pipeline)
             if _fits_evenly(config, layout):
                 yield layout
 

@@ -15,7 +15,7 @@ from megachat.planner.hardware import GB, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup
 from megachat.planner.records import Measure, MemoryPlan, Phase, Residence
 from megachat.planner.sizes import stage_elements
-from megachat.planner.traffic import reshard_traffic
+from megachat.planner.traffic import predicted_traffic
 from megachat.telemetry.flops import (
     Recomputation,
     TransformerShape,
@@ -62,8 +62,7 @@ def predict_seconds(job: Job, cluster: ClusterConfig, memory: MemoryPlan) -> Ste
         # Each architecture has two roles: actor and reference, critic and reward model.
         scoring=2
         * sum(clock.score(setup, work.prompts, work.sequence_tokens) for setup in _setups(job)),
-        actor_training=updates
-        * clock.train(job.actor, work.minibatch_rows, work.sequence_tokens),
+        actor_training=updates * clock.train(job.actor, work.minibatch_rows, work.sequence_tokens),
         critic_training=updates
         * clock.train(job.critic, work.minibatch_rows, work.sequence_tokens),
     )
@@ -83,9 +82,9 @@ class _Clock:
 
     def reshard(self, job: Job) -> float:
         """The stage that receives most; between nodes, then inside them."""
-        largest = reshard_traffic(job, self._cluster).largest
-        return (
-            largest.received_inter_node / self._network + largest.received_intra_node / self._node
+        return max(
+            stage.received_inter_node / self._network + stage.received_intra_node / self._node
+            for stage in predicted_traffic(job, self._cluster)
         )
 
     def offload(self, memory: MemoryPlan) -> float:
@@ -162,9 +161,7 @@ class _Clock:
     def _data_parallel(self, setup: RoleSetup) -> float:
         """All-reduce of fp32 gradients and all-gather of the weights over the data ranks."""
         layout = setup.layout
-        elements = max(
-            stage_elements(setup, stage=stage).total for stage in range(layout.pipeline)
-        )
+        elements = max(stage_elements(setup, stage=stage).total for stage in range(layout.pipeline))
         part = (layout.data - 1) / layout.data
         volume = elements * part * (2 * 4 + setup.value_bytes)
         return volume / (self._network if self._spans_nodes(layout) else self._node)

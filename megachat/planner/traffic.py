@@ -1,31 +1,27 @@
-"""The one place that asks the reshard plan for bytes: size of the arena, received, between nodes.
+"""The one place for the bytes that a reshard moves: predicted in closed form, or read off the plan.
 
-The plan of a model with many layers is that of a small one with more of the same, so plans are made
-for one and for two layers a stage and extended, which is exact and fast enough for a search over
-layouts.
+A search needs thousands of answers, and the closed form is one subtraction: a rank receives its
+generation shard less what it trains of it. A chosen layout is shown with the numbers of the reshard
+plan itself (`reshard.plan`), which must be the same (`tests/planner/test_traffic.py`).
 """
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 
-from megachat.model.config import OptConfig
-from megachat.parallel.layout import ParallelLayout
 from megachat.planner.hardware import ClusterConfig
 from megachat.planner.job import Job
-from megachat.reshard.plan import HopOrder, ReshardPlan, plan_for_model, plan_rank
+from megachat.planner.sizes import generation_elements, received_between_nodes
+from megachat.reshard.plan import plan_for_model, plan_rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageTraffic:
     """Bytes of one reshard for one rank of a pipeline stage; the way back moves none."""
 
-    arena: int
-    """Memory of own and foreign blocks together."""
+    stage: int
+    shard: int
+    """The generation shard."""
     received: int
     received_inter_node: int
-    sent: int
-    lower_bound: int
-    """Generation shard less what the rank trains of it."""
     redundant: int
     """Of the training shard, outside the generation shard (generation degree above training's)."""
 
@@ -35,83 +31,57 @@ class StageTraffic:
         return self.received - self.received_inter_node
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReshardTraffic:
-    """Bytes of one reshard, by pipeline stage."""
+def predicted_traffic(job: Job, cluster: ClusterConfig) -> tuple[StageTraffic, ...]:
+    """What one rank of each pipeline stage receives, in closed form."""
+    actor, unit = job.actor, job.actor.value_bytes
+    traffic = []
+    for stage, rank in enumerate(_ranks_by_stage(job)):
+        elements = generation_elements(actor, tensor=job.generation_tensor, stage=stage)
+        between = received_between_nodes(
+            actor,
+            tensor=job.generation_tensor,
+            rank=rank,
+            ranks_per_node=cluster.gpus_per_node,
+        )
+        traffic.append(
+            StageTraffic(
+                stage=stage,
+                shard=elements.shard * unit,
+                received=elements.foreign * unit,
+                received_inter_node=between * unit,
+                redundant=elements.redundant * unit,
+            )
+        )
+    return tuple(traffic)
 
-    order: HopOrder
-    stages: tuple[StageTraffic, ...]
 
-    @property
-    def largest(self) -> StageTraffic:
-        """The stage that receives most."""
-        return max(self.stages, key=lambda stage: (stage.received_inter_node, stage.received))
-
-
-def reshard_traffic(job: Job, cluster: ClusterConfig) -> ReshardTraffic:
-    """Bytes that the actor's reshard moves.
+def planned_traffic(job: Job, cluster: ClusterConfig) -> tuple[StageTraffic, ...]:
+    """The same from the plan that the reshard executes.
 
     Raises:
         LayoutError: The layouts do not nest, or a generation group would span nodes.
     """
-    return _traffic(
+    plan = plan_for_model(
         job.actor.config,
-        job.actor.layout,
-        job.generation_layout,
-        cluster.gpus_per_node,
-        job.actor.value_bytes,
+        source=job.actor.layout,
+        target=job.generation_layout,
+        ranks_per_node=cluster.gpus_per_node,
+        element_bytes=job.actor.value_bytes,
     )
-
-
-@cache
-def _traffic(
-    config: OptConfig,
-    source: ParallelLayout,
-    target: ParallelLayout,
-    ranks_per_node: int,
-    element_bytes: int,
-) -> ReshardTraffic:
-    def plan(layers_per_stage: int) -> ReshardPlan:
-        return plan_for_model(
-            replace(config, layers=layers_per_stage * source.pipeline),
-            source=source,
-            target=target,
-            ranks_per_node=ranks_per_node,
-            element_bytes=element_bytes,
+    parts = [plan_rank(plan, rank).traffic for rank in _ranks_by_stage(job)]
+    return tuple(
+        StageTraffic(
+            stage=stage,
+            shard=part.shard,
+            received=part.received,
+            received_inter_node=part.received_inter_node,
+            redundant=part.redundant,
         )
-
-    one, two = plan(1), plan(2)
-    layers = config.layers // source.pipeline
-    first_ranks = range(0, source.world_size, source.tensor * source.data)
-    return ReshardTraffic(
-        order=one.order,
-        stages=tuple(
-            _extended(_stage_traffic(one, rank), _stage_traffic(two, rank), times=layers - 1)
-            for rank in first_ranks
-        ),
+        for stage, part in enumerate(parts)
     )
 
 
-def _stage_traffic(plan: ReshardPlan, rank: int) -> StageTraffic:
-    part = plan_rank(plan, rank)
-    return StageTraffic(
-        arena=part.elements * plan.element_bytes,
-        received=part.traffic.received,
-        received_inter_node=part.traffic.received_inter_node,
-        sent=part.traffic.sent,
-        lower_bound=part.traffic.lower_bound,
-        redundant=part.traffic.redundant,
-    )
-
-
-def _extended(one: StageTraffic, two: StageTraffic, *, times: int) -> StageTraffic:
-    """`one`, plus `times` the difference that one more layer a stage makes."""
-    return StageTraffic(
-        arena=one.arena + times * (two.arena - one.arena),
-        received=one.received + times * (two.received - one.received),
-        received_inter_node=one.received_inter_node
-        + times * (two.received_inter_node - one.received_inter_node),
-        sent=one.sent + times * (two.sent - one.sent),
-        lower_bound=one.lower_bound + times * (two.lower_bound - one.lower_bound),
-        redundant=one.redundant + times * (two.redundant - one.redundant),
-    )
+def _ranks_by_stage(job: Job) -> range:
+    """The first rank of each pipeline stage."""
+    layout = job.actor.layout
+    return range(0, layout.world_size, layout.tensor * layout.data)

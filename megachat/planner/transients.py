@@ -18,8 +18,8 @@ from megachat.model.config import Head, Recompute
 from megachat.planner.job import Job, RoleSetup
 from megachat.planner.sizes import largest_elements, word_elements
 
-_LOSS_CHUNK_BYTES = 5 * 2**20
-"""fp32 temporaries of the log-probabilities: one chunk and what is derived from it."""
+_LOSS_CHUNK_BYTES = 12 * 2**20
+"""fp32 temporaries of the log-probabilities: three of `ops.token_logprobs.CHUNK_ELEMENTS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,11 @@ class Transients:
     """Bytes kept for backward passes of all micro-batches in flight."""
     workspace: int
     """Bytes on top, at the moment when both together are largest."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.activations + self.workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,42 +70,62 @@ def training_transients(
         num_micro_batches: Micro-batches of each data rank.
     """
     units = _units(setup, rows=rows, tokens=tokens)
-    config, layout = setup.config, setup.layout
+    layout = setup.layout
     is_first, is_last = stage == 0, stage == layout.pipeline - 1
     in_flight = min(num_micro_batches, layout.pipeline - stage)
+    num_layers = setup.config.layers // layout.pipeline
     recomputes = setup.recompute is Recompute.FULL
-    num_layers = config.layers // layout.pipeline
     kept = num_layers * (units.shard if recomputes else units.layer)
     kept += _kept_by_embedding(setup, units) if is_first else 0
     edge = _kept_by_head(setup, units) if is_last else 0
-    layer_gradient = 3 * setup.value_bytes * largest_elements(setup)
-    words = setup.value_bytes * word_elements(setup)
-    is_tied_here = is_first and is_last and setup.head is Head.LANGUAGE_MODEL
-    held_words = words if is_tied_here else 0  # the head's gradient waits for the embedding's
     moments = [
         # The end of the last forward pass: product, sum with the bias, residual sum.
         in_flight * kept + edge + 3 * units.shard + units.gather,
-        # The backward pass of the last layer, whose input gradient and MLP gradient are alive.
-        in_flight * kept
-        + held_words
-        + layer_gradient
-        + units.hidden
-        + units.mlp
-        + (units.layer if recomputes else 0)
-        + (units.shard + units.gather if units.gather else 0),
+        in_flight * kept + _layer_backward(setup, units, is_tied_here=is_first and is_last),
     ]
     if is_last and setup.head is Head.LANGUAGE_MODEL:
-        # The backward pass of the head: gradients of logits, words and hidden state.
-        own = words if is_tied_here else 3 * words
-        moments.append(in_flight * kept + edge + units.logits + own + units.hidden)
+        # The gradient of the logits, and fp32 chunks of it under construction.
+        moments.append(
+            in_flight * kept + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather
+        )
+        moments.append(in_flight * kept + _head_backward(setup, units, is_tied_here=is_first))
     if is_first:
-        # The end of a backward pass: the gradient of the words in bf16 and fp32.
-        moments.append((in_flight - 1) * kept + held_words + 3 * words + units.hidden)
+        moments.append((in_flight - 1) * kept + _embedding_backward(setup, units))
     activations = in_flight * kept + edge
-    return Transients(
-        activations=activations,
-        workspace=max(moments) - activations + (_LOSS_CHUNK_BYTES if is_last else 0),
-    )
+    return Transients(activations=activations, workspace=max(moments) - activations)
+
+
+def _layer_backward(setup: RoleSetup, units: _Units, *, is_tied_here: bool) -> int:
+    """The backward pass of a stage's last layer: gradients of its output, its MLP and a matrix."""
+    total = 3 * setup.value_bytes * largest_elements(setup) + units.hidden + units.mlp
+    if setup.recompute is Recompute.FULL:
+        total += units.layer
+    if units.gather:  # the gathered gradient is in the buffer, beside its shard
+        total += units.shard
+    if not setup.config.layer_norm_first:  # the last norm is done, its input gone
+        total -= units.shard
+    if is_tied_here and setup.head is Head.LANGUAGE_MODEL:
+        # The head's part of the gradient of the words waits for the embedding's.
+        total += setup.value_bytes * word_elements(setup)
+    return total
+
+
+def _head_backward(setup: RoleSetup, units: _Units, *, is_tied_here: bool) -> int:
+    """The backward pass of the head: gradients of words and hidden state."""
+    words = setup.value_bytes * word_elements(setup)
+    normed = units.shard if setup.config.layer_norm_first else 0
+    if is_tied_here:
+        return normed + units.embed + units.logits + words + units.hidden + units.gather
+    # bf16 and fp32; beside them what the stage has received and what it will send.
+    return normed + 3 * words + units.hidden + 4 * units.shard + units.gather
+
+
+def _embedding_backward(setup: RoleSetup, units: _Units) -> int:
+    """The end of a backward pass: the gradient of the words in bf16 and in fp32."""
+    words = 3 * setup.value_bytes * word_elements(setup)
+    if setup.layout.pipeline == 1 and setup.head is Head.LANGUAGE_MODEL:
+        return words + units.gather
+    return words + units.hidden + (units.shard if units.gather else 0)
 
 
 def scoring_transients(setup: RoleSetup, *, stage: int, rows: int, tokens: int) -> Transients:

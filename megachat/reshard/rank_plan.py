@@ -1,7 +1,6 @@
 """The one place that computes one rank's arena, transfers and weights from a reshard plan. Pure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import prod
 
 from megachat.model.specs import TensorSpec
@@ -34,16 +33,6 @@ def plan_rank(plan: ReshardPlan, rank: int) -> RankPlan:
         LayoutError: The rank is outside the layout.
     """
     return _RankPlanner(plan, rank).build()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Transfer:
-    """One piece of one block that goes from a stage to another."""
-
-    source: int
-    target: int
-    view: View
-    """In this rank's arena."""
 
 
 class _RankPlanner:
@@ -169,27 +158,22 @@ class _RankPlanner:
         return [_range(start + tile * elements, elements) for tile in range(self.tiles)]
 
     def _exchanges(self, index: int) -> Iterator[Exchange]:
-        """Transfers from the stages that train an area to those that do not."""
+        """Transfers from the stages that train an area to those that do not.
+
+        All ranks have the same number of them, some perhaps empty.
+        """
         rounds: list[tuple[list[Piece], list[Piece]]] = []
-        for number in range(len(self.plan.blocks[index].areas)):
-            for position, transfer in self._numbered_transfers(index, number):
-                while len(rounds) <= position:
-                    rounds.append(([], []))
-                if transfer.source == self.stage:
-                    rounds[position][0].append(Piece(stage=transfer.target, view=transfer.view))
-                else:
-                    rounds[position][1].append(Piece(stage=transfer.source, view=transfer.view))
+        for number, area in enumerate(self.plan.blocks[index].areas):
+            for target, source in self._suppliers(area).items():
+                for position, view in enumerate(self._pieces(index, number, target)):
+                    if position == len(rounds):
+                        rounds.append(([], []))
+                    if source == self.stage:
+                        rounds[position][0].append(Piece(stage=target, view=view))
+                    elif target == self.stage:
+                        rounds[position][1].append(Piece(stage=source, view=view))
         for sends, receives in rounds:
             yield Exchange(sends=tuple(sends), receives=tuple(receives))
-
-    def _numbered_transfers(self, index: int, number: int) -> Iterator[tuple[int, _Transfer]]:
-        """This rank's transfers of an area, each with the number of its round."""
-        area = self.plan.blocks[index].areas[number]
-        for target, source in self._suppliers(area).items():
-            if self.stage not in (source, target):
-                continue
-            for position, view in enumerate(self._pieces(index, number, target)):
-                yield position, _Transfer(source=source, target=target, view=view)
 
     def _suppliers(self, area: Area) -> dict[int, int]:
         """Stage that lacks an area -> stage that sends it: on the same node, else by turns."""

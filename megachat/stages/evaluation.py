@@ -102,7 +102,7 @@ def compare(
         "kl": after.kl,
         "distinct2_before": quality["before"].distinct_2,
         "distinct2_after": quality["after"].distinct_2,
-        "distinct2_ratio": quality["after"].distinct_2 / max(1e-9, quality["before"].distinct_2),
+        "distinct2_ratio": _ratio(quality["after"].distinct_2, quality["before"].distinct_2),
         "finished_before": before.finished_share,
         "finished_after": after.finished_share,
         "tokens_before": before.mean_tokens,
@@ -142,6 +142,11 @@ def decode_prompts(batch: PromptBatch, tokenizer: Tokenizer) -> list[str]:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def _ratio(value: float, base: float) -> float:
+    """NaN where the base is zero or not a number (replies of less than two words)."""
+    return value / base if base > 0 else math.nan
 
 
 def _std(values: Sequence[float]) -> float:

@@ -32,6 +32,7 @@ from megachat.records import Batch
 from megachat.training.loss import LossFunction
 from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
 from megachat.training.schedules import OptimizerConfig, learning_rate
+from megachat.training.storage import FlatStorage
 from megachat.training.zero1 import StepReport, Zero1Optimizer
 
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -265,6 +266,7 @@ class TrainEngine(ForwardEngine):
         optimizer: OptimizerConfig,
         total_steps: int,
         seed: int,
+        storage: FlatStorage | None = None,
     ) -> None:
         """Builds the sharded optimizer from the model's present weights.
 
@@ -274,6 +276,8 @@ class TrainEngine(ForwardEngine):
             optimizer: AdamW and its schedule.
             total_steps: Optimizer steps of the run, where the schedule ends.
             seed: Start of the dropout streams.
+            storage: Where the optimizer keeps the weights, such as an arena that generation reads
+                too; None: in memory of its own.
         """
         super().__init__(model, micro_batch_rows=micro_batch_rows)
         specs = model.local_specs()
@@ -282,6 +286,7 @@ class TrainEngine(ForwardEngine):
             groups=self.groups,
             config=optimizer,
             decayed={name for name, spec in specs.items() if spec.decays},
+            storage=storage,
         )
         self._optimizer_config = optimizer
         self._total_steps = total_steps
@@ -319,6 +324,14 @@ class TrainEngine(ForwardEngine):
         self._has_gradient = False
         self.steps_done += 1
         return report
+
+    def weights_loaded(self) -> None:
+        """To be called when the model's parameters were overwritten in place (a checkpoint)."""
+        self._zero1.weights_loaded()
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """All tensors that must lie in the `storage`; to be checked where memory changes hands."""
+        return self._zero1.stored_tensors()
 
     def _key_dropout(self, micro_batch: _MicroBatch[Any]) -> None:
         """Names the dropout stream of a micro-batch independently of stages and data ranks."""

@@ -1,18 +1,18 @@
 """The one importer of DeepSpeed: AdamW whose state is sharded over data ranks (ZeRO stage 1).
 
 megatron-core's schedule runs the backward passes on the bare model; DeepSpeed contributes the
-partitioned optimizer only. Its engine's own `backward` and `step` are never called, and gradients
-are reduced over an explicit group here, because DeepSpeed's reduction asks a module-global `mpu`
-for the group, and a job has several layouts. fp32 models train in fp32; bf16 models keep fp32
-masters and accumulate gradients in fp32.
+partitioned optimizers only. Its engine is not used: it keeps one process-wide `mpu`, and a job has
+several layouts. fp32 models train in fp32; bf16 models keep fp32 masters and accumulate gradients
+in fp32, which are reduced over an explicit group here.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from megachat.errors import ConfigError
 from megachat.parallel.collectives import all_reduce_sum
 from megachat.parallel.groups import ProcessGroups
 from megachat.training.schedules import OptimizerConfig
+from megachat.training.storage import FlatStorage
 
 _BUCKET_ELEMENTS = 2**26
 """Elements that DeepSpeed reduces or gathers in one call: 256 MiB of fp32."""
@@ -43,7 +44,13 @@ class Zero1Optimizer:
     """AdamW under ZeRO-1 for the parameters of one model shard."""
 
     def __init__(
-        self, model: nn.Module, *, groups: ProcessGroups, config: OptimizerConfig, decayed: set[str]
+        self,
+        model: nn.Module,
+        *,
+        groups: ProcessGroups,
+        config: OptimizerConfig,
+        decayed: set[str],
+        storage: FlatStorage | None = None,
     ) -> None:
         """Shards the optimizer state over the data ranks; parameters become views of flat buffers.
 
@@ -52,28 +59,39 @@ class Zero1Optimizer:
             groups: The layout's communicators.
             config: AdamW's constants.
             decayed: Names of the parameters that weight decay applies to.
+            storage: Where the flat buffers live, and how parameters are grouped into them; None
+                leaves both to the optimizer.
 
         Raises:
             ConfigError: The parameters are neither all float32 nor all bfloat16.
         """
-        named = [(name, parameter) for name, parameter in model.named_parameters()]
-        dtypes = {parameter.dtype for _, parameter in named}
+        named = dict(model.named_parameters())
+        dtypes = {parameter.dtype for parameter in named.values()}
         if dtypes not in ({torch.float32}, {torch.bfloat16}):
             raise ConfigError(f"training needs one dtype of float32 and bfloat16, got {dtypes}")
         self._is_bf16 = dtypes == {torch.bfloat16}
         self._data_group = groups.data
+        self._parameters, self._storage = named, storage
+        by_decay = [[n for n in named if n in decayed], [n for n in named if n not in decayed]]
+        names = by_decay if storage is None else storage.parameter_groups
+        fillers = [None if group else _filler(next(iter(named.values()))) for group in names]
         base = torch.optim.AdamW(
             [
-                _parameter_group(named, decayed, config.weight_decay),
-                _parameter_group(named, {name for name, _ in named} - decayed, 0.0),
+                {
+                    "params": [named[name] for name in group] if filler is None else [filler],
+                    "weight_decay": config.weight_decay if set(group) & decayed else 0.0,
+                }
+                for group, filler in zip(names, fillers, strict=True)
             ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
             fused=True,
         )
-        self._optimizer = _initialize_deepspeed(
-            model, base, groups=groups, clip_norm=config.clip_norm, is_bf16=self._is_bf16
+        labels = {parameter: name for name, parameter in named.items()}
+        labels |= {f: f"filler.{i}" for i, f in enumerate(fillers) if f is not None}
+        self._optimizer = _build_deepspeed_optimizer(
+            base, labels, groups=groups, clip_norm=config.clip_norm, storage=storage
         )
 
     @property
@@ -103,68 +121,158 @@ class Zero1Optimizer:
         self._optimizer.step()
         norm = float(self._optimizer._global_grad_norm)
         self._optimizer.zero_grad()
-        return StepReport(
-            learning_rate=learning_rate,
-            gradient_norm=norm,
-            skipped=bool(self._optimizer.overflow) or not math.isfinite(norm),
-        )
+        skipped = bool(self._optimizer.overflow) or not math.isfinite(norm)
+        if self._storage is not None and not skipped:
+            self._storage.weights_changed()
+        return StepReport(learning_rate=learning_rate, gradient_norm=norm, skipped=skipped)
+
+    def weights_loaded(self) -> None:
+        """Takes over parameters that were overwritten in place, such as from a checkpoint."""
+        self._optimizer.refresh_fp32_params()
+        if self._storage is not None:
+            self._storage.weights_changed()
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """All tensors of the weights that a `FlatStorage` must own, for a check that it does.
+
+        Parameters, flat buffers, the parts of them that the update writes to, and the fragments
+        that a checkpoint reads: each is a way for training to go on beside the storage unnoticed.
+        """
+        tensors: dict[str, Tensor] = dict(self._parameters)
+        flats, parts = _buffers(self._optimizer, is_bf16=self._is_bf16)
+        for name, parameter in self._parameters.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                tensors[f"{name} (fragment)"] = mapping.lp_fragment
+        names = [] if self._storage is None else self._storage.parameter_groups
+        for index, group in enumerate(names):
+            if group:
+                tensors[f"flat buffer {index}"] = flats[index]
+                for part, tensor in enumerate(parts[index]):
+                    tensors[f"part {part} of flat buffer {index}"] = tensor
+        return tensors
 
 
-def _parameter_group(
-    named: Iterable[tuple[str, nn.Parameter]], names: set[str], weight_decay: float
-) -> dict[str, Any]:
-    """One AdamW parameter group; each pipeline stage has both, or DeepSpeed's norm would hang."""
-    return {
-        "params": [parameter for name, parameter in named if name in names],
-        "weight_decay": weight_decay,
-    }
+def _filler(like: nn.Parameter) -> nn.Parameter:
+    """Stands in for a group that another stage has: all stages reduce the norms of all groups."""
+    return nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
 
 
-def _initialize_deepspeed(
-    model: nn.Module,
+def _build_deepspeed_optimizer(
     base: torch.optim.Optimizer,
+    labels: Mapping[nn.Parameter, str],
     *,
     groups: ProcessGroups,
     clip_norm: float,
-    is_bf16: bool,
+    storage: FlatStorage | None,
 ) -> Any:
-    """The ZeRO-1 optimizer that `deepspeed.initialize` builds around `base`."""
+    """DeepSpeed's ZeRO-1 optimizer around `base`, without DeepSpeed's engine.
+
+    The engine would add one process-wide `mpu`, and nothing that is used here.
+    """
     deepspeed: Any = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": groups.layout.data,
-        "gradient_clipping": clip_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": 1,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": min(_BUCKET_ELEMENTS, _num_elements(model)),
-            "allgather_bucket_size": _BUCKET_ELEMENTS,
-        },
-        # Without it DeepSpeed would cast fp32 gradients to bf16 for the reduction.
-        "communication_data_type": "fp32",
+    common = {
+        "mpu": groups.deepspeed_mpu,
+        "clip_grad": clip_norm,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "dp_process_group": groups.data,
+        "timers": importlib.import_module("deepspeed.utils.timer").NoopTimer(),
     }
-    if is_bf16:
-        # immediate_grad_update adds each bf16 gradient to the fp32 one as soon as it exists.
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    num_elements = sum(parameter.numel() for parameter in labels)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints memory statistics unasked
-        _, optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=base,
-            mpu=groups.deepspeed_mpu,
-            config=settings,
-            dist_init_required=False,
+        if next(iter(labels)).dtype is torch.bfloat16:
+            precision = importlib.import_module("deepspeed.runtime.precision_config")
+            return _bf16_optimizer_class()(
+                base,
+                labels,
+                # immediate_grad_update adds each bf16 gradient to the fp32 one once it exists.
+                bfloat16_config=precision.DeepSpeedBF16Config(
+                    enabled=True, immediate_grad_update=True
+                ),
+                grad_acc_dtype=torch.float32,
+                storage=storage,
+                **common,
+            )
+        return _fp32_optimizer_class()(
+            base,
+            labels,
+            optimizer_params=None,
+            reduce_bucket_size=min(_BUCKET_ELEMENTS, num_elements),
+            communication_data_type=torch.float32,
+            gradient_accumulation_dtype=torch.float32,
+            partition_grads=False,
+            check_grad_overflow=False,
+            storage=storage,
+            **common,
         )
-    return optimizer
 
 
-def _num_elements(model: nn.Module) -> int:
-    """Elements of this rank's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+@functools.cache
+def _bf16_optimizer_class() -> Any:
+    """`BF16_Optimizer`, whose flat buffers go where a `FlatStorage` says."""
+    module: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+
+    class PlacedBf16Optimizer(module.BF16_Optimizer):  # type: ignore[misc]
+        def __init__(self, *args: Any, storage: FlatStorage | None, **kwargs: Any) -> None:
+            self._placer = _Placer(storage)
+            super().__init__(*args, **kwargs)
+            self._placer.finish()
+
+        def _flatten_dense_tensors_aligned(self, *args: Any, **kwargs: Any) -> Tensor:
+            flat: Tensor = super()._flatten_dense_tensors_aligned(*args, **kwargs)
+            return self._placer.place(flat)
+
+    return PlacedBf16Optimizer
+
+
+@functools.cache
+def _fp32_optimizer_class() -> Any:
+    """`DeepSpeedZeroOptimizer`, whose flat buffers go where a `FlatStorage` says."""
+    module: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+
+    class PlacedZeroOptimizer(module.DeepSpeedZeroOptimizer):  # type: ignore[misc]
+        def __init__(self, *args: Any, storage: FlatStorage | None, **kwargs: Any) -> None:
+            self._placer = _Placer(storage)
+            super().__init__(*args, **kwargs)
+            self._placer.finish()
+
+        def flatten_dense_tensors_aligned(self, *args: Any, **kwargs: Any) -> Tensor:
+            flat: Tensor = super().flatten_dense_tensors_aligned(*args, **kwargs)
+            return self._placer.place(flat)
+
+    return PlacedZeroOptimizer
+
+
+class _Placer:
+    """Moves the flat buffers to their storage while an optimizer is being built.
+
+    Each group is flattened once then, in order; later calls flatten gradients.
+    """
+
+    def __init__(self, storage: FlatStorage | None) -> None:
+        self._storage = storage
+        self._next = 0
+
+    def place(self, flat: Tensor) -> Tensor:
+        """Places the next buffer; returns what is not to be placed untouched."""
+        if self._storage is None:
+            return flat
+        self._next += 1
+        return self._storage.place(self._next - 1, flat.detach())
+
+    def finish(self) -> None:
+        """From now on nothing is placed."""
+        if self._storage is not None:
+            placed, planned = self._next, len(self._storage.parameter_groups)
+            assert placed == planned, f"DeepSpeed flattened {placed} groups, not {planned}"
+        self._storage = None
+
+
+def _buffers(optimizer: Any, *, is_bf16: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Flat parameter buffers, and the views of them by data rank."""
+    if is_bf16:
+        return optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups
+    return optimizer.bit16_groups_flat, optimizer.parallel_partitioned_bit16_groups

@@ -271,7 +271,8 @@ def test_f1_rollouts_are_sampled_and_two_seeds_differ(
         assert not _differences(again, sampled)
         rows = _rows(sampled)
         assert all(a != b for a, b in zip(rows, _rows(other), strict=True))
-        assert all(a != b[: len(a)] for a, b in zip(rows, _rows(greedy), strict=True))
+        # A response of one token may well be the likeliest one.
+        assert all(a != b[: len(a)] for a, b in zip(rows, _rows(greedy), strict=True) if len(a) > 1)
 
 
 def test_suppressed_ids_never_appear(answers: Answers) -> None:

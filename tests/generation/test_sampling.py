@@ -26,13 +26,11 @@ def _sample(
     stop_ids: tuple[int, ...] = (),
     suppressed_ids: tuple[int, ...] = (),
 ) -> SampledTokens:
-    """One token for each row of `logits`; rows share one random stream unless `seeds` are given."""
-    if seeds is None:
-        generators = [torch.Generator().manual_seed(0)] * len(logits)
-    else:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    """One token for each row of `logits`, whose random streams are 0, 1, ... or `seeds`."""
+    keys = torch.arange(len(logits)) if seeds is None else torch.tensor(seeds)
     sampler = Sampler(config, stop_ids=stop_ids, suppressed_ids=suppressed_ids)
-    return sampler.sample(logits, generators=generators, position=position)
+    positions = torch.full((len(logits),), position)
+    return sampler.sample(logits, keys=keys, positions=positions)
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -79,9 +79,7 @@ def build_actor(
         ranks_per_node=ranks_per_node,
     )
     options = ModelOptions(dtype=dtype, vocab_multiple=case.vocab_multiple)
-    model = OptModel(
-        config, groups=groups, head=Head.LANGUAGE_MODEL, options=options, seed=None
-    )
+    model = OptModel(config, groups=groups, head=Head.LANGUAGE_MODEL, options=options, seed=None)
     fill(model)
     arena = WeightArena(plan, rank=groups.rank, dtype=dtype, device=torch.device("cpu"))
     storage = arena.adopt(model)

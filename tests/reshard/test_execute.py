@@ -5,8 +5,6 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megachat.errors import LayoutError, PhaseError
-from megachat.model.config import OptConfig
 from megachat.parallel.groups import ProcessGroups
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks

@@ -75,6 +75,7 @@ def trainer(
     optimizer: OptimizerConfig = OPTIMIZER,
     seed: int = 7,
     rows: int = 3,
+    timers: PhaseTimers | None = None,
 ) -> PPOTrainer:
     """All four roles on this world; `actor` is also the reference's layout, `reward` the critic's.
 
@@ -88,6 +89,7 @@ def trainer(
         optimizer: Of actor and critic.
         seed: Of sampling and shuffling.
         rows: Rows of a micro-batch.
+        timers: Where the phases are measured; None makes new ones.
     """
     layouts = {actor or ParallelLayout(), reward or ParallelLayout()}
     groups = {layout: ProcessGroups.create(layout) for layout in sorted(layouts, key=str)}
@@ -112,7 +114,9 @@ def trainer(
         ),
         reward=forward_engine(opt_model(score_groups, Head.SCALAR, dtype=dtype)),
     )
-    return PPOTrainer(engine, config=config, sampling=sampling, seed=seed, timers=PhaseTimers())
+    return PPOTrainer(
+        engine, config=config, sampling=sampling, seed=seed, timers=timers or PhaseTimers()
+    )
 
 
 @torch.no_grad()

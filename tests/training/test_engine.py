@@ -1,4 +1,5 @@
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megachat.errors import CapacityError
-from megachat.model import Recompute
+from megachat.model import Head, Recompute
 from megachat.parallel.layout import ParallelLayout
-from megachat.training.engine import TrainEngine
+from megachat.records import Rollout, SftBatch
+from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
+from megachat.training.engine import ForwardEngine, ScoreFunction, TrainEngine
 from megachat.training.schedules import OptimizerConfig, ScheduleKind
 from tests.harness import run_ranks
+from tests.model import reference as ref
 from tests.training import tasks
 from tests.training.tasks import TASKS, Trajectory
 
 TOLERANCE = 1e-6
-"""fp32 against the float64 oracle over all steps: loss absolute, gradient norm relative."""
-WEIGHT_TOLERANCE = 4e-6
-"""Adam divides a gradient's round-off by at least epsilon: learning rate 0.005 x 1e-7 / 1e-3 a step
-at worst, and hardly ever twice in the same direction."""
+"""fp32 against the float64 oracle over all steps: losses and weights absolute, norms relative."""
 
 BF16_ROUNDINGS = 40
 """Roundings between a token and the loss of a two-layer model: of ten results and six matrices in
@@ -32,12 +33,25 @@ about sqrt(roundings) x 2^-9 of the outputs' size (about 1), and two runs differ
 that: 1.7 %."""
 
 SEQUENCE = {"sequence_parallel": True}
-WORLDS: Mapping[int, Sequence[tuple[dict[str, int], dict[str, Any]]]] = {
-    1: [({}, {})],
-    2: [({"tensor": 2}, {}), ({"tensor": 2}, SEQUENCE), ({"pipeline": 2}, {}), ({}, {})],
-    8: [({"tensor": 2, "pipeline": 2}, {})],
+ALL = tuple(TASKS)
+Case = tuple[dict[str, int], dict[str, Any], tuple[str, ...]]
+"""Degrees of a layout, model options, tasks."""
+WORLDS: Mapping[int, Sequence[Case]] = {
+    1: [({}, {}, ALL)],
+    2: [
+        ({"tensor": 2}, {}, ALL),
+        ({"tensor": 2}, SEQUENCE, ("sft", "reward")),
+        ({"pipeline": 2}, {}, ("policy", "value")),
+        ({}, {}, ("sft", "reward")),
+    ],
+    8: [({"tensor": 2, "pipeline": 2}, {}, ALL)],
 }
-"""World size -> degrees and model options that the trajectories are followed under."""
+"""World size -> what is trained there."""
+BF16_WORLDS: Mapping[int, Sequence[Case]] = {
+    1: [({}, {}, ALL)],
+    2: [({"tensor": 2}, SEQUENCE, ("sft", "value")), ({}, {}, ("reward", "policy"))],
+    8: [({"tensor": 2, "pipeline": 2}, {}, ALL)],
+}
 
 
 def _layout(degrees: Mapping[str, int]) -> ParallelLayout:
@@ -53,13 +67,13 @@ def _relative_difference(found: Sequence[float], expected: Sequence[float]) -> f
 
 
 def _follow(
-    world_size: int, options: dict[str, Any], weights: Path | None = None
+    cases: Sequence[Case], options: dict[str, Any], weights: Path | None = None
 ) -> list[tuple[str, str, Trajectory]]:
-    """Twenty steps of each task under each layout of this world."""
+    """Twenty steps of each case."""
     found = []
-    for degrees, more in WORLDS[world_size]:
+    for degrees, more, names in cases:
         layout = _layout(degrees)
-        for name in TASKS:
+        for name in names:
             engine = tasks.make_engine(name, layout, **options, **more)
             path = None if weights is None else weights / name
             found.append((f"{name} {layout} {more}", name, tasks.train(engine, name, weights=path)))
@@ -81,12 +95,12 @@ def expected(weights: Path) -> dict[str, Trajectory]:
 def test_twenty_steps_follow_single_process_adamw(
     world_size: int, expected: dict[str, Trajectory], weights: Path
 ) -> None:
-    for rank, rows in enumerate(run_ranks(world_size, _follow, world_size, {}, weights)):
+    for rank, rows in enumerate(run_ranks(world_size, _follow, WORLDS[world_size], {}, weights)):
         for case, name, found in rows:
             loss = _largest_difference(found.losses, expected[name].losses)
             norm = _relative_difference(found.norms, expected[name].norms)
             assert max(loss, norm) <= TOLERANCE, f"rank {rank}: {case}"
-            assert found.weight_error <= WEIGHT_TOLERANCE, f"rank {rank}: {case}"
+            assert found.weight_error <= TOLERANCE, f"rank {rank}: {case}"
 
 
 def test_the_trajectories_clip_some_gradients_and_not_others(
@@ -100,36 +114,42 @@ def test_twenty_bf16_steps_differ_from_one_rank_by_round_off_only(
     expected: dict[str, Trajectory],
 ) -> None:
     options = {"dtype": torch.bfloat16}
-    alone = {name: found for _, name, found in run_ranks(1, _follow, 1, options)[0]}
+    alone = {name: found for _, name, found in run_ranks(1, _follow, BF16_WORLDS[1], options)[0]}
     for name, found in alone.items():
         assert _largest_difference(found.losses, expected[name].losses) <= BF16_TOLERANCE, name
     for world_size in (2, 8):
-        for case, name, found in run_ranks(world_size, _follow, world_size, options)[0]:
+        for case, name, found in run_ranks(world_size, _follow, BF16_WORLDS[world_size], options)[
+            0
+        ]:
             loss = _largest_difference(found.losses, alone[name].losses)
             assert loss <= BF16_TOLERANCE, case
-            # The backward pass rounds twice as often as the forward pass that it follows.
-            norm = _relative_difference(found.norms, alone[name].norms)
-            assert norm <= 3 * BF16_TOLERANCE, case
-            if "tp1.pp1" in case:  # the same products, and sums over data ranks in fp32
-                assert loss <= TOLERANCE, case
+            # At the median step: where round-off takes one of the few tokens across the kink of a
+            # clipped loss, the gradient jumps.
+            norm = statistics.median(
+                abs(one / other - 1)
+                for one, other in zip(found.norms, alone[name].norms, strict=True)
+            )
+            assert norm <= BF16_TOLERANCE, case
+            if "tp1.pp1" in case:  # the same products; sums over data ranks are in fp32
+                assert loss <= BF16_TOLERANCE / 10, case
 
 
 DROPOUT_STEPS = range(4)
-DROPOUT_OPTIONS: Sequence[dict[str, Any]] = (
-    {"hidden_dropout": 0.1},
-    {"hidden_dropout": 0.1, "attention_dropout": 0.1, "recompute": Recompute.FULL},
-    {"hidden_dropout": 0.1, "attention_dropout": 0.1, "sequence_parallel": True},
+DROPOUT_CASES: Sequence[tuple[str, dict[str, Any]]] = (
+    ("sft", {"hidden_dropout": 0.1}),
+    (
+        "reward",
+        {"hidden_dropout": 0.1, "attention_dropout": 0.1, "recompute": Recompute.FULL},
+    ),
+    ("policy", {"hidden_dropout": 0.1, "attention_dropout": 0.1, **SEQUENCE}),
 )
 
 
-def _train_with_dropout(degrees: dict[str, int]) -> list[tuple[str, list[float]]]:
-    found = []
-    for options in DROPOUT_OPTIONS:
-        for name in ("sft", "reward"):
-            engine = tasks.make_engine(name, _layout(degrees), **options)
-            trajectory = tasks.train(engine, name, steps=DROPOUT_STEPS)
-            found.append((f"{name} {options}", [*trajectory.losses, *trajectory.norms]))
-    return found
+def _train_with_dropout(degrees: dict[str, int]) -> list[Trajectory]:
+    return [
+        tasks.train(tasks.make_engine(name, _layout(degrees), **options), name, steps=DROPOUT_STEPS)
+        for name, options in DROPOUT_CASES
+    ]
 
 
 def test_dropout_is_the_same_for_all_layouts_of_one_tensor_degree(
@@ -138,10 +158,11 @@ def test_dropout_is_the_same_for_all_layouts_of_one_tensor_degree(
     """Ragged rows: what shares a micro-batch or a data rank with a row must not matter."""
     two = run_ranks(2, _train_with_dropout, {"tensor": 2})[0]
     eight = run_ranks(8, _train_with_dropout, {"tensor": 2, "pipeline": 2})[0]
-    for (case, found), (_, other) in zip(two, eight, strict=True):
-        assert _largest_difference(found, other) <= 10 * TOLERANCE, case
-        without = expected[case.split()[0]].losses[: len(DROPOUT_STEPS)]
-        assert _largest_difference(found[: len(without)], without) > 1e-3, case
+    for (name, options), found, other in zip(DROPOUT_CASES, two, eight, strict=True):
+        assert _largest_difference(found.losses, other.losses) <= TOLERANCE, f"{name} {options}"
+        assert _relative_difference(found.norms, other.norms) <= 2 * TOLERANCE, f"{name} {options}"
+        without = expected[name].losses[: len(DROPOUT_STEPS)]
+        assert _largest_difference(found.losses, without) > 1e-3, f"{name} {options}"
 
 
 CUT_LAYOUTS: Sequence[tuple[dict[str, int], dict[str, Any]]] = (
@@ -276,3 +297,128 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(dtype: torch.
                 "next norm is finite": True,
                 "steps": 3,
             }
+
+
+def _rollout(rows: int, seed: int) -> Rollout:
+    """Ragged rows, some of them without a response."""
+    batch = tasks.experience(rows, seed)
+    return Rollout(
+        tokens=batch.tokens,
+        lengths=batch.lengths,
+        prompt_lengths=batch.prompt_lengths,
+        logprobs=batch.logprobs,
+        finished=batch.finished,
+    )
+
+
+def _score_functions(engine: ForwardEngine, head: Head) -> list[ScoreFunction[Rollout]]:
+    if head is Head.LANGUAGE_MODEL:
+        return [
+            ResponseLogprobs(
+                response_len=tasks.RESPONSE,
+                temperature=tasks.TEMPERATURE,
+                group=engine.groups.tensor,
+                vocab_start=engine.vocab_start,
+            )
+        ]
+    return [ResponseValues(response_len=tasks.RESPONSE), FinalScores()]
+
+
+def _expected_scores(head: Head, batch: Rollout) -> list[Tensor]:
+    """Row by row without padding, from HuggingFace's model in float64."""
+    model = ref.huggingface_model(tasks.PRE_LN, head).double()
+    answers, finals = torch.zeros(batch.num_rows, tasks.RESPONSE), torch.zeros(batch.num_rows, 1)
+    for row in range(batch.num_rows):
+        prompt, length = int(batch.prompt_lengths[row]), int(batch.lengths[row])
+        tokens = batch.tokens[row, :length]
+        if head is Head.LANGUAGE_MODEL:
+            logits = model(input_ids=tokens[None]).logits[0, prompt - 1 : -1]
+            chosen = torch.distributions.Categorical(logits=logits / tasks.TEMPERATURE)
+            answers[row, : length - prompt] = chosen.log_prob(tokens[prompt:])
+        else:
+            values = tasks.scalars(model, tokens)
+            answers[row, : length - prompt] = values[prompt - 1 : -1]
+            finals[row] = values[-1]
+    return [answers] if head is Head.LANGUAGE_MODEL else [answers, finals]
+
+
+def _score_errors(rows: int) -> list[tuple[str, float]]:
+    batch = _rollout(rows, 21)
+    found = []
+    with torch.no_grad():
+        wanted = {head: _expected_scores(head, batch) for head in Head}
+    for degrees, options in (
+        ({}, {}),
+        ({"tensor": 2}, {}),
+        ({"pipeline": 2}, {}),
+        ({"tensor": 2, "pipeline": 2}, {**SEQUENCE, "hidden_dropout": 0.1}),
+    ):
+        for head in Head:
+            hf = ref.huggingface_model(tasks.PRE_LN, head)
+            layout = _layout(degrees)
+            model = ref.build_model(tasks.PRE_LN, layout, head=head, reference=hf, **options)
+            engine = ForwardEngine(model, micro_batch_rows=2)
+            functions = _score_functions(engine, head)
+            for function, expected in zip(functions, wanted[head], strict=True):
+                scores = engine.score(batch, function)
+                error = (scores - expected).abs().max().item()
+                found.append((f"{layout} {type(function).__name__}", error))
+                assert scores.dtype is torch.float32
+                assert scores.device.type == "cpu"
+                assert scores.shape == (rows, function.columns)
+    return found
+
+
+@pytest.mark.parametrize("rows", [7, 1])
+def test_scores_stand_in_row_order_on_every_rank_under_every_layout(rows: int) -> None:
+    for rank, errors in enumerate(run_ranks(4, _score_errors, rows)):
+        assert len(errors) == 12
+        for case, error in errors:
+            assert error <= 5 * TOLERANCE, f"rank {rank}: {case}"
+
+
+def _evaluate_in_between() -> dict[str, bool]:
+    """Dropout is on; an evaluation before and after each backward pass must not show."""
+    options = {"hidden_dropout": 0.1}
+    plain, watched = (tasks.make_engine("sft", _layout({}), **options) for _ in range(2))
+    tasks.train(plain, "sft", steps=range(2))
+    losses = []
+    for step in range(2):
+        batch = tasks.sft_batch(tasks.ROWS, step)
+        objective = tasks.sft_objective(watched, batch)
+        watched.evaluate(batch, objective)
+        watched.forward_backward(batch, objective)
+        losses += [watched.evaluate(batch, objective).loss for _ in range(2)]
+        watched.step()
+    return {
+        "without dropout": losses[0] == losses[1],
+        "not in the way of training": _equal(_weights_of(watched), _weights_of(plain)),
+    }
+
+
+def test_evaluation_uses_no_dropout_and_leaves_training_alone() -> None:
+    for result in run_ranks(2, _evaluate_in_between):
+        assert result == {"without dropout": True, "not in the way of training": True}
+
+
+def _misuse() -> dict[str, str]:
+    engine = tasks.make_engine("sft", _layout({}))
+    long = torch.full((1, tasks.PRE_LN.max_positions + 1), 7)
+    batch = SftBatch(
+        tokens=long, lengths=torch.tensor([long.shape[1]]), loss_mask=torch.ones_like(long).bool()
+    )
+    with pytest.raises(CapacityError) as too_long:
+        engine.evaluate(batch, tasks.sft_objective(engine, batch))
+    batch = tasks.sft_batch(2, 0)
+    objective = tasks.sft_objective(engine, batch)
+    engine.forward_backward(batch, objective)
+    with pytest.raises(AssertionError) as twice:
+        engine.forward_backward(batch, objective)
+    return {"too long": str(too_long.value), "twice": str(twice.value)}
+
+
+def test_rows_that_are_too_long_and_a_forgotten_step_are_refused() -> None:
+    messages = run_ranks(1, _misuse)[0]
+    assert "21 tokens" in messages["too long"]
+    assert "20 positions" in messages["too long"]
+    assert "step" in messages["twice"]

@@ -1,0 +1,1 @@
+"""One set of weights that trains under one parallel layout and generates under another."""

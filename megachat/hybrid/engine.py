@@ -1,0 +1,192 @@
+"""`HybridEngine`: the actor, switched between training and generation by `train()` and `eval()`.
+
+The weights live once, in the arena. `eval()` gathers what this rank's generation shard lacks, in
+place; `train()` gives that part of the memory back and sends nothing. While the weights have not
+changed, `eval()` moves nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from megachat.errors import PhaseError
+from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.weights import GenerationLayer, GenerationWeights
+from megachat.model.config import OptConfig
+from megachat.model.opt import OptModel
+from megachat.parallel.groups import GenerationGroups, ReplicaGroups
+from megachat.parallel.layout import ParallelLayout
+from megachat.reshard.arena import WeightArena
+from megachat.reshard.execute import Resharder, ReshardReport
+from megachat.reshard.plan import NodeSpan, plan_for_model
+from megachat.training.engine import TrainEngine
+from megachat.training.schedules import OptimizerConfig
+
+_LAYER_PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+
+
+class Phase(StrEnum):
+    """What the actor's memory is laid out for."""
+
+    TRAINING = "training"
+    GENERATION = "generation"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridSettings:
+    """How an actor trains and generates."""
+
+    generation_tensor: int
+    """Tensor degree of generation."""
+    micro_batch_rows: int
+    """Record rows that go through the model at once in training."""
+    optimizer: OptimizerConfig
+    total_steps: int
+    """Optimizer steps of the run, where the learning-rate schedule ends."""
+    seed: int
+    """Start of the dropout streams."""
+    generation: GenerationConfig
+    """Memory and batch limits of generation."""
+    ranks_per_node: int | None = None
+    """Neighbouring ranks that share a node; None: all of them."""
+
+
+class HybridEngine:
+    """The actor of PPO: a `TrainEngine` and a `Generator` over the same memory."""
+
+    def __init__(
+        self,
+        model: OptModel,
+        settings: HybridSettings,
+        *,
+        stop_ids: Sequence[int],
+        suppressed_ids: Sequence[int] = (),
+    ) -> None:
+        """Moves a model into an arena and builds both engines; a collective call of all ranks.
+
+        Args:
+            model: The actor's shard under its training layout, weights loaded; built with
+                `ModelOptions.vocab_multiple` for both tensor degrees.
+            settings: How it trains and generates.
+            stop_ids: Tokens that end a response.
+            suppressed_ids: Tokens that are never sampled.
+
+        Raises:
+            LayoutError: The generation degree does not nest into the training layout, cuts a
+                parameter unevenly, or spans nodes.
+            CapacityError: The key-value cache cannot hold one block.
+        """
+        layout, dtype = model.groups.layout, model.options.dtype
+        device = next(model.parameters()).device
+        plan = plan_for_model(
+            model.config,
+            source=layout,
+            target=ParallelLayout.for_world(
+                layout.world_size, tensor=settings.generation_tensor
+            ),
+            ranks_per_node=settings.ranks_per_node,
+            node_span=NodeSpan.REFUSE,
+            element_bytes=dtype.itemsize,
+        )
+        groups = GenerationGroups.create(plan.placement, training=model.groups)
+        self.arena = WeightArena(plan, rank=model.groups.rank, dtype=dtype, device=device)
+        self._model = model
+        self.training = TrainEngine(
+            model,
+            micro_batch_rows=settings.micro_batch_rows,
+            optimizer=settings.optimizer,
+            total_steps=settings.total_steps,
+            seed=settings.seed,
+            storage=self.arena.adopt(model),
+        )
+        self._resharder = Resharder(self.arena, groups)
+        self.last_reshard: ReshardReport | None = None
+        """The latest gather; None before the first."""
+        self.phase = Phase.TRAINING
+        self._stop_ids, self._suppressed_ids = tuple(stop_ids), tuple(suppressed_ids)
+        self._replicas = groups.replicas
+        self._generation = settings.generation
+        self._generator: Generator | None = None
+
+    def eval(self) -> "HybridEngine":
+        """Switches to generation: gathers this rank's generation shard in place."""
+        if self.phase is Phase.TRAINING or not self.arena.is_current:
+            self.arena.check_aliasing(dict(self._model.named_parameters()))
+            self.last_reshard = self._resharder.gather()
+            self.phase = Phase.GENERATION
+        return self
+
+    def train(self) -> "HybridEngine":
+        """Switches to training: gives back the cache and what belongs to other ranks' shards."""
+        if self.phase is Phase.GENERATION:
+            if self._generator is not None:
+                self._generator.cache.release()
+            self.arena.release()
+            self.phase = Phase.TRAINING
+        return self
+
+    @contextmanager
+    def generation(self) -> Iterator[Generator]:
+        """The generation phase as a block: `eval()` before, `train()` after."""
+        self.eval()
+        try:
+            yield self.generator
+        finally:
+            self.train()
+
+    @property
+    def generator(self) -> Generator:
+        """Generates with the present weights.
+
+        Raises:
+            PhaseError: The actor is in its training phase.
+        """
+        if self.phase is not Phase.GENERATION:
+            raise PhaseError(
+                "the actor is laid out for training: call eval() or use generation() first"
+            )
+        if self._generator is None:
+            self._generator = Generator(
+                arena_weights(
+                    self._model.config, self.arena.weights(), replicas=self._replicas
+                ),
+                stop_ids=self._stop_ids,
+                suppressed_ids=self._suppressed_ids,
+                config=self._generation,
+            )
+        return self._generator
+
+
+def arena_weights(
+    config: OptConfig, tensors: Mapping[str, Tensor], *, replicas: ReplicaGroups
+) -> GenerationWeights:
+    """The arena's views under the names that the generation runner reads.
+
+    Args:
+        config: The architecture.
+        tensors: `WeightArena.weights()`, by specification name.
+        replicas: Who shares this copy of the model, and the other copies.
+    """
+    return GenerationWeights(
+        config=config,
+        groups=replicas,
+        layers=tuple(
+            GenerationLayer(
+                **{
+                    f"{part}_{kind}": tensors[f"layers.{layer}.{part}.{kind}"]
+                    for part in _LAYER_PARTS
+                    for kind in ("weight", "bias")
+                }
+            )
+            for layer in range(config.layers)
+        ),
+        words=tensors["embedding.word.weight"],
+        positions=tensors["embedding.position.weight"],
+        project_in=tensors.get("embedding.project_in.weight"),
+        project_out=tensors.get("head.project_out.weight"),
+        final_norm_weight=tensors.get("final_norm.weight"),
+        final_norm_bias=tensors.get("final_norm.bias"),
+    )

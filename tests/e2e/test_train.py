@@ -1,0 +1,1 @@
+"""The whole program on two ranks: supervised tuning, reward model, PPO, report, second run."""

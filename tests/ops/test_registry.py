@@ -1,0 +1,38 @@
+"""The registry of operations."""
+
+import inspect
+
+import pytest
+import torch
+
+import megachat.ops.paged_cache
+import megachat.ops.tiled_linear  # noqa: F401
+from megachat.errors import KernelError
+from megachat.ops.registry import Backend, Op, register, registered_ops
+
+
+def _double(x: int) -> int:
+    return 2 * x
+
+
+def test_a_backend_is_picked_and_one_that_is_missing_is_refused() -> None:
+    op = Op(name="double", schema="(int x) -> int", reference=_double, tolerance={})
+    assert op.on(Backend.REFERENCE)(4) == 8
+    with pytest.raises(KernelError, match="double has no cuda backend here, only reference"):
+        op.on(Backend.CUDA)
+    op.backends[Backend.CUDA] = lambda x: x + x
+    assert op.on(Backend.CUDA)(4) == 8
+
+
+def test_two_operations_cannot_share_a_name() -> None:
+    op = Op(name="tiled_linear", schema="(int x) -> int", reference=_double, tolerance={})
+    with pytest.raises(KernelError, match="tiled_linear is registered already"):
+        register(op)
+
+
+@pytest.mark.parametrize("op", registered_ops().values(), ids=registered_ops())
+def test_schemas_name_the_arguments_of_the_reference(op: Op) -> None:
+    schema = torch._C.parse_schema(op.name + op.schema)
+    parameters = inspect.signature(op.reference).parameters
+    assert [argument.name for argument in schema.arguments] == list(parameters)
+    assert {torch.float32, torch.bfloat16} <= set(op.tolerance)

@@ -1,0 +1,155 @@
+"""Training whose weights live in the arena: the same numbers, and nothing leaves the arena."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megachat.model.config import OptConfig
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.groups import ProcessGroups
+from megachat.reshard.execute import Resharder
+from megachat.rlhf.objectives import SftObjective
+from megachat.training.engine import TrainEngine
+from megachat.training.schedules import OptimizerConfig
+from megachat.training.storage import FlatStorage
+from tests.harness import run_ranks
+from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, fill, sha256
+from tests.training.tasks import ROWS, sft_batch
+
+OPTIMIZER = OptimizerConfig(learning_rate=0.01, epsilon=1e-3, weight_decay=0.1, clip_norm=0.5)
+STEPS = 3
+CASES: dict[int, list[tuple[Case, OptConfig]]] = {
+    4: [
+        (Case(train=(2, 2, 1), generate=1), PRE_LN),
+        (Case(train=(1, 2, 2), generate=2), POST_LN),
+        (Case(train=(2, 1, 2), generate=1), POST_LN),
+    ],
+    8: [(Case(train=(2, 2, 2), generate=2), PRE_LN)],
+}
+
+
+@dataclass(frozen=True)
+class SeparateMemory:
+    """The same parameter groups, in memory of the optimizer's own."""
+
+    parameter_groups: Sequence[Sequence[str]]
+
+    def place(self, index: int, flat: Tensor) -> Tensor:
+        del index
+        return flat.clone()
+
+    def owns(self, tensor: Tensor) -> bool:
+        del tensor
+        return True
+
+    def weights_changed(self) -> None:
+        pass
+
+
+def _engine(actor: Actor, storage: FlatStorage) -> TrainEngine:
+    return TrainEngine(
+        actor.model,
+        micro_batch_rows=2,
+        optimizer=OPTIMIZER,
+        total_steps=STEPS,
+        seed=3,
+        storage=storage,
+    )
+
+
+def _train_step(engine: TrainEngine, step: int) -> tuple[float, float]:
+    batch = sft_batch(ROWS, step)
+    objective = SftObjective.for_batch(
+        batch, group=engine.groups.tensor, vocab_start=engine.vocab_start
+    )
+    loss = engine.forward_backward(batch, objective).loss
+    return loss, engine.step().gradient_norm
+
+
+def _whole_weights(actor: Actor) -> dict[str, Tensor]:
+    """All parameters put together from the training shards of all ranks."""
+    wholes: dict[str, Tensor] = {}
+    specs = {spec.name: spec for spec in actor.model.global_specs()}
+    mine = [
+        (specs[name], actor.model.local_slices(specs[name]), parameter.detach())
+        for name, parameter in actor.model.parameters_by_spec().items()
+    ]
+    for part in all_gather_objects(mine):
+        for spec, slices, value in part:
+            whole = wholes.setdefault(spec.name, torch.empty(spec.shape, dtype=value.dtype))
+            whole[slices] = value
+    return wholes
+
+
+def _generation_problems(actor: Actor) -> list[str]:
+    """Generation weights that are not the slice of what was trained."""
+    wholes, weights = _whole_weights(actor), actor.arena.weights()
+    rank, degree = actor.groups.tensor_rank, actor.plan.placement.tensor
+    problems = []
+    for spec in actor.model.global_specs():
+        found = weights[spec.name]
+        found = torch.cat(list(found), dim=1) if spec.shard_dim == 1 else found
+        if sha256(found) != sha256(wholes[spec.name][spec.slices(rank, tensor=degree)]):
+            problems.append(f"{spec.name} is not what was trained")
+    return problems
+
+
+def _compare(case: Case, config: OptConfig, dtype: torch.dtype) -> list[str]:
+    groups = ProcessGroups.create(case.source)
+    actor = build_actor(case, config, dtype, groups=groups)
+    other = build_actor(case, config, dtype, groups=groups)
+    with torch.no_grad():
+        for one in (actor, other):
+            for parameter in one.model.parameters():
+                parameter.mul_(0.05)
+            for name, parameter in one.model.named_parameters():
+                if "norm.weight" in name or "layernorm.weight" in name:
+                    parameter.add_(1.0)
+    engine = _engine(actor, actor.storage)
+    separate = _engine(other, SeparateMemory(other.storage.parameter_groups))
+    resharder, problems = Resharder(actor.arena, actor.groups), []
+    losses = []
+    for step in range(STEPS):
+        actor.arena.check_aliasing(engine.stored_tensors())
+        resharder.gather()
+        problems += _generation_problems(actor)
+        actor.arena.release()
+        found, expected = _train_step(engine, step), _train_step(separate, step)
+        losses.append(found[0])
+        if found != expected:
+            problems.append(f"step {step}: {found} in the arena, {expected} beside it")
+    if not all(torch.isfinite(torch.tensor(losses))) or len(set(losses)) < STEPS:
+        problems.append(f"losses {losses} are no training")
+    resharder.gather()  # what lies behind the buffers is foreign again when a checkpoint is loaded
+    fill(actor.model)
+    engine.weights_loaded()
+    if actor.arena.is_current:
+        problems.append("loaded weights did not make the generation shard stale")
+    fill(other.model)
+    separate.weights_loaded()
+    if _train_step(engine, 0) != _train_step(separate, 0):
+        problems.append("training goes on differently after a load")
+    actor.arena.check_aliasing(engine.stored_tensors())
+    for (name, one), two in zip(
+        actor.model.named_parameters(), other.model.parameters(), strict=True
+    ):
+        if not torch.equal(one, two):
+            problems.append(f"{name} differs")
+    return problems
+
+
+def _compare_all(world_size: int) -> list[str]:
+    return [
+        f"{case} {dtype}: {problem}"
+        for case, config in CASES[world_size]
+        for dtype in (torch.float32, torch.bfloat16)
+        for problem in _compare(case, config, dtype)
+    ]
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_training_in_the_arena_is_bitwise_equal_to_training_beside_it(world_size: int) -> None:
+    assert run_ranks(world_size, _compare_all, world_size) == [[]] * world_size

@@ -1,0 +1,138 @@
+"""What stages share: folders, fingerprints of configurations, process groups."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megachat.data.config import Stage
+from megachat.errors import ConfigError
+from megachat.stages.context import (
+    RunContext,
+    prepare_output,
+    stage_fingerprint,
+    stage_folder,
+    tokenizer_fingerprint,
+    tokenizer_folder,
+)
+from megachat.telemetry.metrics import METRICS_FILE, NullMetricsWriter
+from tests.harness import run_ranks
+from tests.stages import tiny_run
+
+BASE = ["launch.processes=2"]
+
+
+def _fingerprints(*overrides: str) -> dict[str, str]:
+    config = tiny_run.config(Path("folder"), [*BASE, *overrides])
+    return {stage.value: stage_fingerprint(config, stage) for stage in Stage}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "launch.processes=4",
+        "launch.threads=3",
+        "models.actor.tensor=2",
+        "models.actor.sequence_parallel=true",
+        "models.reward.pipeline=2",
+        "models.reward.recompute=full",
+        "models.actor.micro_batch_rows=2",
+        "data.cache_dir=elsewhere",
+        "run.output=elsewhere",
+        "run.title=another",
+    ],
+)
+def test_how_the_work_is_cut_and_where_it_lies_changes_no_fingerprint(override: str) -> None:
+    assert _fingerprints(override) == _fingerprints()
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("run.seed=4", {"sft", "reward", "prompts"}),
+        ("models.actor.precision=bf16", {"sft", "reward", "prompts"}),
+        ("models.actor.shape.layers=3", {"sft", "reward", "prompts"}),
+        ("tokenizer.train.vocab_size=133", {"sft", "reward", "prompts"}),
+        ("data.split=[1,1,1]", {"sft", "reward", "prompts"}),
+        ("data.max_tokens=39", {"sft", "reward", "prompts"}),
+        ("sft.optimizer.learning_rate=0.1", {"sft", "reward", "prompts"}),
+        ("sft.batch_rows=9", {"sft", "reward", "prompts"}),
+        ("models.reward.precision=bf16", {"reward", "prompts"}),
+        ("reward.loss=token-wise", {"reward", "prompts"}),
+        ("reward.center_coef=0.5", {"reward", "prompts"}),
+        ("rlhf.ppo.kl.coefficient=0.5", {"prompts"}),
+        ("rlhf.ppo.dual_clip=3.0", {"prompts"}),
+        ("rlhf.sampling.top_k=9", {"prompts"}),
+        ("rlhf.critic_optimizer.beta2=0.5", {"prompts"}),
+    ],
+)
+def test_a_setting_counts_for_its_stage_and_those_that_build_on_it(
+    override: str, changed: set[str]
+) -> None:
+    before, after = _fingerprints(), _fingerprints(override)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("sft.batch_rows=9", True),
+        ("data.cache_dir=elsewhere", True),
+        ("models.actor.shape.layers=3", True),
+        ("tokenizer.train.vocab_size=133", False),
+        ("data.seed=9", False),
+    ],
+)
+def test_the_tokenizer_depends_on_its_settings_and_texts_alone(override: str, same: bool) -> None:
+    first, second = (tiny_run.config(Path("folder"), items) for items in ([], [override]))
+    assert (tokenizer_fingerprint(first) == tokenizer_fingerprint(second)) is same
+
+
+def test_each_stage_has_a_folder_of_its_own_in_the_run_folder(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    folders = [stage_folder(config, stage) for stage in Stage]
+    assert [folder.name for folder in folders] == ["sft", "reward", "rlhf"]
+    assert all(folder.is_dir() and not list(folder.iterdir()) for folder in folders)
+    assert sorted(path.name for path in config.run.output.iterdir()) == ["reward", "rlhf", "sft"]
+    assert tokenizer_folder(config).parent == config.run.output
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    for output in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        config = tiny_run.config(tmp_path, [f"run.output={output}"])
+        with pytest.raises(ConfigError) as caught:
+            prepare_output(config)
+        message = str(caught.value)
+        assert f"run.output {output}: cannot write there" in message and "\n" not in message
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        prepare_output(tiny_run.config(tmp_path))
+
+
+def _share(folder: Path) -> None:
+    """Groups are created once per layout, and only rank 0 keeps metrics."""
+    settings = tiny_run.config(folder, [*BASE, "models.actor.tensor=2"])
+    context: RunContext = tiny_run.context(settings)
+    actor, reward = settings.models.actor, settings.models.reward
+    assert context.groups(actor) is context.groups(actor)
+    assert context.groups(actor) is context.groups(actor.model_copy(update={"precision": "bf16"}))
+    assert context.groups(actor).layout.tensor == 2 and context.groups(reward).layout.data == 2
+    with context.open_metrics(Stage.REWARD) as metrics:
+        metrics.write(0, {"reward/loss": 1.0})
+        assert isinstance(metrics, NullMetricsWriter) is (context.worker.rank > 0)
+    assert context.model_folder(Stage.SFT) == settings.run.output / "sft" / "model"
+    with context.timers().phase("generate"):
+        pass
+
+
+def test_ranks_share_groups_and_rank_zero_writes_metrics(tmp_path: Path) -> None:
+    tiny_run.write_rows(tmp_path / "rows.jsonl")
+    run_ranks(2, _share, tmp_path)
+    assert (tmp_path / "run" / "reward" / METRICS_FILE).is_file()

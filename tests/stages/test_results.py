@@ -1,0 +1,105 @@
+"""Result files: written whole or not at all, and refused when they are not what they should be."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from megachat.errors import CheckpointError, ConfigError
+from megachat.stages.results import (
+    RESULT_FILE,
+    Reply,
+    StageResult,
+    fingerprint,
+    read_result,
+    write_json,
+    write_result,
+)
+
+RESULT = StageResult(
+    fingerprint="abc",
+    seconds=12.5,
+    metrics={"perplexity_after": 3.25, "steps": 7},
+    phase_seconds={"generate": 4.0},
+    replies=[Reply(prompt="hi", before="no", after="yes\n")],
+)
+
+
+def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    assert read_result(tmp_path, expected_fingerprint="abc") is None
+    write_result(tmp_path, RESULT)
+    assert read_result(tmp_path, expected_fingerprint="abc") == RESULT
+    assert [path.name for path in tmp_path.iterdir()] == [RESULT_FILE]
+
+
+def test_figures_that_are_not_numbers_come_back(tmp_path: Path) -> None:
+    result = StageResult(fingerprint="a", seconds=0.0, metrics={"x": math.nan, "y": math.inf})
+    write_result(tmp_path, result)
+    found = read_result(tmp_path, expected_fingerprint="a")
+    assert found is not None and math.isnan(found.metrics["x"]) and found.metrics["y"] == math.inf
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '"abc"',
+        "7",
+        "null",
+        '{"fingerprint": "abc"}',
+        json.dumps({"fingerprint": "abc", "seconds": 1, "metrics": {}, "replies": [{"prompt": 1}]}),
+        json.dumps({"fingerprint": "abc", "seconds": 1, "metrics": {}, "replies": [], "more": 1}),
+        json.dumps({"seconds": 1, "metrics": {}, "replies": []}),
+        "\udcff",
+    ],
+)
+def test_a_corrupt_result_is_refused_with_what_to_do(text: str, tmp_path: Path) -> None:
+    (tmp_path / RESULT_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError) as caught:
+        read_result(tmp_path, expected_fingerprint="abc")
+    message = str(caught.value)
+    assert RESULT_FILE in message and f"delete the folder {tmp_path}" in message
+    assert "\n" not in message
+
+
+def test_the_result_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    write_result(tmp_path, RESULT)
+    with pytest.raises(
+        ConfigError, match=r"another configuration \(abc, now xyz\): choose another"
+    ):
+        read_result(tmp_path, expected_fingerprint="xyz")
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "values.json"
+    write_json(path, {"a": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match="cannot write: No space left on device"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot write: No such file or directory"):
+        write_json(tmp_path / "missing" / "values.json", {})
+
+
+def test_fingerprints_depend_on_values_and_not_on_their_order() -> None:
+    first = fingerprint({"a": 1, "b": {"c": [1, 2], "d": None}})
+    assert first == fingerprint({"b": {"d": None, "c": [1, 2]}, "a": 1})
+    others = [
+        fingerprint({"a": 1, "b": {"c": [2, 1], "d": None}}),
+        fingerprint({"a": 1.5, "b": {"c": [1, 2], "d": None}}),
+        fingerprint({"a": 1, "b": {"c": [1, 2]}}),
+    ]
+    assert len({first, *others}) == 4

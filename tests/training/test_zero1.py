@@ -1,0 +1,226 @@
+import contextlib
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megachat.errors import ConfigError
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.layout import ParallelLayout
+from megachat.training.schedules import OptimizerConfig
+from megachat.training.zero1 import Zero1Optimizer
+from tests.harness import run_ranks
+
+CONFIG = OptimizerConfig(
+    learning_rate=0.1, beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.3, clip_norm=1.0
+)
+RATES = (0.1, 0.02, 0.05)
+
+
+class _Model(nn.Module):
+    """Odd sizes, so that the flat buffers need padding and parameters straddle two ranks."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.matrix, self.other, self.bias = (
+            nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+            for shape in ((5, 3), (7,), (11,))
+        )
+
+
+def _gradients(rank: int, step: int) -> list[Tensor]:
+    """One gradient a parameter; small on some steps, so that not every step is clipped."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    size = 0.02 if step == 1 else 1.0
+    return [size * torch.randn(shape, generator=generator) for shape in ((5, 3), (7,), (11,))]
+
+
+def _backward(model: _Model, gradients: list[Tensor], scale: float) -> None:
+    loss = sum(
+        (parameter.float() * gradient).sum()
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True)
+    )
+    assert isinstance(loss, Tensor)
+    (loss * scale).backward()
+
+
+def _optimizer(model: _Model, config: OptimizerConfig = CONFIG) -> Zero1Optimizer:
+    groups = ProcessGroups.create(ParallelLayout(data=dist.get_world_size()))
+    return Zero1Optimizer(model, groups=groups, config=config, decayed={"matrix", "other"})
+
+
+def _three_steps(config: OptimizerConfig) -> tuple[list[float], list[Tensor], int]:
+    """Norms, final weights, and the number of state elements on this rank."""
+    model = _Model()
+    optimizer = _optimizer(model, config)
+    norms = []
+    for step, rate in enumerate(RATES):
+        _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+        optimizer.reduce_gradients()
+        report = optimizer.step(rate)
+        assert (report.learning_rate, report.skipped) == (rate, False)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        norms.append(report.gradient_norm)
+    states: Any = optimizer._optimizer.optimizer.state
+    elements = sum(state["exp_avg"].numel() for state in states.values())
+    return norms, [parameter.detach().clone() for parameter in model.parameters()], elements
+
+
+def _expected_steps(world_size: int, config: OptimizerConfig) -> tuple[list[float], list[Tensor]]:
+    model = _Model()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [model.matrix, model.other], "weight_decay": config.weight_decay},
+            {"params": [model.bias], "weight_decay": 0.0},
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )
+    norms = []
+    for step, rate in enumerate(RATES):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        parts = [_gradients(rank, step) for rank in range(world_size)]
+        for index, parameter in enumerate(model.parameters()):
+            parameter.grad = sum((part[index] for part in parts), torch.zeros(()))
+        limit = config.clip_norm or math.inf
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit).item())
+        optimizer.step()
+    return norms, list(model.parameters())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+def test_steps_equal_adamw_on_the_sum_of_the_ranks_gradients(
+    world_size: int, clip_norm: float
+) -> None:
+    config = CONFIG.model_copy(update={"clip_norm": clip_norm})
+    expected_norms, expected = _expected_steps(world_size, config)
+    assert min(expected_norms) < 1.0 < max(expected_norms)
+    for norms, weights, _ in run_ranks(world_size, _three_steps, config):
+        assert norms == pytest.approx(expected_norms, rel=1e-6)
+        for found, wanted in zip(weights, expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_each_rank_keeps_its_share_of_the_optimizer_state() -> None:
+    elements = [found for _, _, found in run_ranks(3, _three_steps, CONFIG)]
+    assert len(set(elements)) == 1
+    assert 33 <= 3 * elements[0] <= 33 + 2 * 6, "both flat buffers are padded to whole shares"
+
+
+def _accumulate_in_bf16_model() -> dict[str, float]:
+    """On every rank 1 + 256 x 2^-9: in bf16 the small terms would vanish beside the 1."""
+    model = _Model(torch.bfloat16)
+    optimizer = _optimizer(model, CONFIG.model_copy(update={"clip_norm": 0.0}))
+    ones = [torch.ones_like(parameter).float() for parameter in model.parameters()]
+    for size in (1.0, *[2.0**-9] * 256):
+        _backward(model, [size * one for one in ones], optimizer.gradient_scale)
+    local = optimizer.gradient(model.bias).clone()
+    optimizer.reduce_gradients()
+    summed = optimizer.gradient(model.bias).clone()
+    norm = optimizer.step(0.0).gradient_norm
+    return {
+        "local": local.unique().item(),
+        "summed": summed.unique().item(),
+        "norm": norm,
+        "cleared": optimizer.gradient(model.bias).abs().max().item(),
+    }
+
+
+def test_bf16_gradients_are_accumulated_and_reduced_in_fp32() -> None:
+    for found in run_ranks(3, _accumulate_in_bf16_model):
+        assert found == {
+            "local": 1.5,
+            "summed": 4.5,
+            "norm": pytest.approx(4.5 * math.sqrt(33)),
+            "cleared": 0.0,
+        }
+
+
+def _creep() -> tuple[Tensor, Tensor]:
+    """A hundred steps of 2^-11: each is far below what a bf16 weight of 1 can show (2^-8)."""
+    model = _Model(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    config = OptimizerConfig(beta1=0.0, beta2=0.0, epsilon=1e-12, clip_norm=0.0)
+    optimizer = _optimizer(model, config)
+    for _ in range(100):
+        _backward(model, [-torch.ones_like(each).float() for each in model.parameters()], 1.0)
+        optimizer.reduce_gradients()
+        optimizer.step(2.0**-11)
+    return model.matrix.detach().clone(), model.bias.detach().clone()
+
+
+def test_bf16_weights_move_by_steps_too_small_for_bf16() -> None:
+    wanted = torch.tensor(1.0 + 100 * 2.0**-11, dtype=torch.bfloat16)
+    for matrix, bias in run_ranks(2, _creep):
+        assert matrix.unique().tolist() == bias.unique().tolist() == [wanted.item()]
+
+
+def _one_bad_element(dtype: torch.dtype, index: int, bad: float) -> dict[str, bool]:
+    """Only the last rank's gradient of one parameter is not finite."""
+    model, twin = _Model(dtype), _Model(dtype)
+    optimizer, clean = _optimizer(model), _optimizer(twin)
+    rank = dist.get_rank()
+    outcomes: dict[str, bool] = {}
+    for step in range(3):
+        gradients = _gradients(rank, step)
+        if step != 1:
+            _backward(twin, gradients, clean.gradient_scale)
+            clean.reduce_gradients()
+            clean.step(0.1)
+        elif rank == dist.get_world_size() - 1:
+            gradients[index].view(-1)[-1] = bad
+        _backward(model, gradients, optimizer.gradient_scale)
+        optimizer.reduce_gradients()
+        report = optimizer.step(0.1)
+        outcomes[f"step {step} skipped"] = report.skipped
+        outcomes[f"step {step} finite"] = math.isfinite(report.gradient_norm)
+    outcomes["equal"] = all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+    return outcomes
+
+
+def _all_bad_elements() -> list[dict[str, bool]]:
+    return [
+        _one_bad_element(dtype, index, bad)
+        for dtype in (torch.float32, torch.bfloat16)
+        for index, bad in ((0, math.nan), (2, math.inf), (1, -math.inf))
+    ]
+
+
+def test_one_element_that_is_not_finite_skips_the_step_everywhere_and_leaves_no_trace() -> None:
+    for results in run_ranks(3, _all_bad_elements):
+        for result in results:
+            skipped = [result[f"step {step} skipped"] for step in range(3)]
+            finite = [result[f"step {step} finite"] for step in range(3)]
+            assert (skipped, finite) == ([False, True, False], [True, False, True])
+            assert result["equal"]
+
+
+def _build_quietly() -> tuple[str, str]:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        pytest.raises(ConfigError) as mixed,
+    ):
+        _optimizer(_Model())
+        model = _Model()
+        model.bias.data = model.bias.data.bfloat16()
+        _optimizer(model)
+    return printed.getvalue(), str(mixed.value)
+
+
+def test_building_prints_nothing_and_mixed_dtypes_are_refused() -> None:
+    printed, message = run_ranks(1, _build_quietly)[0]
+    assert printed == ""
+    assert "float32" in message
+    assert "bfloat16" in message

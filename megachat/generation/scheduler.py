@@ -99,6 +99,11 @@ class _Sequence:
     """All known tokens but the newest are in the cache."""
 
     @property
+    def longest(self) -> int:
+        """Tokens that it may have in the cache; the last token of an answer is never computed."""
+        return len(self.prompt) + self.max_new_tokens - 1
+
+    @property
     def known(self) -> int:
         """Tokens of the prompt and of the answer so far."""
         return len(self.prompt) + self.generated
@@ -162,20 +167,18 @@ class DecodeScheduler:
         Raises:
             CapacityError: The whole pool cannot hold one of its answers.
         """
+        first, *others = (
+            _Sequence(index=index, prompt=request.prompt, max_new_tokens=request.max_new_tokens)
+            for index in request.indices
+        )
         allocator = self._allocator
-        # The last token of an answer is never computed.
-        longest = len(request.prompt) + request.max_new_tokens - 1
-        needed = allocator.blocks_for(longest)
+        needed = allocator.blocks_for(first.longest)
         if needed > allocator.num_blocks:
             raise CapacityError(
                 f"a prompt of {len(request.prompt)} tokens with up to {request.max_new_tokens} new "
                 f"ones needs {needed} blocks of {allocator.block_size} tokens, the key-value cache "
                 f"has {allocator.num_blocks}: enlarge it or shorten the request"
             )
-        first, *others = (
-            _Sequence(index=index, prompt=request.prompt, max_new_tokens=request.max_new_tokens)
-            for index in request.indices
-        )
         first.followers.extend(others)
         self._waiting.append(first)
 
@@ -299,8 +302,8 @@ class DecodeScheduler:
         allocator, sequence = self._allocator, self._waiting[0]
         shared = allocator.share_prefix(sequence.prompt)
         needed = allocator.blocks_for(sequence.known) - len(shared)
-        # Every running sequence may soon want a block; entering now only to be preempted is waste.
-        if needed + len(self._running) > allocator.num_free and self._running:
+        # Entering only to be preempted soon is waste, so one block is left for each that may want it.
+        if needed > allocator.num_free - self._num_growing(at_most=allocator.num_free - needed):
             allocator.release(shared)
             return None
         self._waiting.popleft()
@@ -308,6 +311,17 @@ class DecodeScheduler:
         sequence.cached = len(shared) * allocator.block_size
         self._take_slot(sequence, step)
         return sequence
+
+    def _num_growing(self, *, at_most: int) -> int:
+        """Running sequences that may yet want a block, or all of them if that is few enough."""
+        if len(self._running) <= at_most:
+            return len(self._running)
+        allocator = self._allocator
+        return sum(
+            len(sequence.blocks) < allocator.blocks_for(sequence.longest)
+            or allocator.is_shared(sequence.blocks[-1])
+            for sequence in self._running
+        )
 
     def _take_slot(self, sequence: _Sequence, step: _Step) -> None:
         """Puts a sequence among the running ones and its blocks into a table."""

@@ -14,14 +14,18 @@ from torch import Tensor
 
 from megachat.errors import PhaseError
 from megachat.generation.generator import GenerationConfig, Generator
-from megachat.generation.weights import GenerationLayer, GenerationWeights
+from megachat.generation.weights import (
+    GenerationLayer,
+    GenerationWeights,
+    ReplicaCommunicators,
+)
 from megachat.model.config import OptConfig
 from megachat.model.opt import OptModel
-from megachat.parallel.groups import GenerationGroups, ReplicaGroups
+from megachat.parallel.groups import GenerationGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder, ReshardReport
-from megachat.reshard.plan import NodeSpan, plan_for_model
+from megachat.reshard.plan import plan_for_model
 from megachat.training.engine import TrainEngine
 from megachat.training.schedules import OptimizerConfig
 
@@ -84,11 +88,8 @@ class HybridEngine:
         plan = plan_for_model(
             model.config,
             source=layout,
-            target=ParallelLayout.for_world(
-                layout.world_size, tensor=settings.generation_tensor
-            ),
+            target=ParallelLayout.for_world(layout.world_size, tensor=settings.generation_tensor),
             ranks_per_node=settings.ranks_per_node,
-            node_span=NodeSpan.REFUSE,
             element_bytes=dtype.itemsize,
         )
         groups = GenerationGroups.create(plan.placement, training=model.groups)
@@ -107,14 +108,14 @@ class HybridEngine:
         """The latest gather; None before the first."""
         self.phase = Phase.TRAINING
         self._stop_ids, self._suppressed_ids = tuple(stop_ids), tuple(suppressed_ids)
-        self._replicas = groups.replicas
+        self._groups = groups
         self._generation = settings.generation
         self._generator: Generator | None = None
 
     def eval(self) -> "HybridEngine":
         """Switches to generation: gathers this rank's generation shard in place."""
         if self.phase is Phase.TRAINING or not self.arena.is_current:
-            self.arena.check_aliasing(dict(self._model.named_parameters()))
+            self.arena.check_aliasing(self.training.stored_tensors())
             self.last_reshard = self._resharder.gather()
             self.phase = Phase.GENERATION
         return self
@@ -150,9 +151,7 @@ class HybridEngine:
             )
         if self._generator is None:
             self._generator = Generator(
-                arena_weights(
-                    self._model.config, self.arena.weights(), replicas=self._replicas
-                ),
+                arena_weights(self._model.config, self.arena.weights(), replicas=self._groups),
                 stop_ids=self._stop_ids,
                 suppressed_ids=self._suppressed_ids,
                 config=self._generation,
@@ -161,7 +160,7 @@ class HybridEngine:
 
 
 def arena_weights(
-    config: OptConfig, tensors: Mapping[str, Tensor], *, replicas: ReplicaGroups
+    config: OptConfig, tensors: Mapping[str, Tensor], *, replicas: ReplicaCommunicators
 ) -> GenerationWeights:
     """The arena's views under the names that the generation runner reads.
 

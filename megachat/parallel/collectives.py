@@ -6,7 +6,7 @@ group as an argument. `source` is an index within the group, not a global rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -63,23 +63,19 @@ def broadcast_object(
     """
     world = group if group is not None else dist.group.WORLD
     assert world is not None
-    if world.size() == 1:
-        assert value is not None
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(world, source), group=world)
-    received = box[0]
-    assert received is not None
-    return received
+    if world.size() > 1:
+        dist.broadcast_object_list(box, src=dist.get_global_rank(world, source), group=world)
+    return cast(ObjectT, box[0])
 
 
 def all_gather_objects(value: ObjectT, group: dist.ProcessGroup | None = None) -> Sequence[ObjectT]:
     """Every rank's picklable `value`, in group order (None as the group means the world)."""
     world = group if group is not None else dist.group.WORLD
     assert world is not None
-    values: list[ObjectT | None] = [None] * world.size()
+    values: list[ObjectT] = [value] * world.size()
     dist.all_gather_object(values, value, group=world)
-    return [item for item in values if item is not None]
+    return values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

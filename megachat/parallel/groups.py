@@ -117,6 +117,8 @@ class GenerationGroups:
     rank: int
     tensor: dist.ProcessGroup
     """Ranks that generate with one copy of the model, by generation tensor rank."""
+    data: dist.ProcessGroup
+    """Ranks with the same shard of all the copies, by replica."""
     tiles: dist.ProcessGroup
     """Ranks of this stage whose training shards make up this rank's generation shard."""
     gather: dist.ProcessGroup
@@ -143,6 +145,7 @@ class GenerationGroups:
             placement=placement,
             rank=rank,
             tensor=_own_group(_distinct(map(placement.tensor_group, ranks)), rank),
+            data=_own_group(_distinct(map(placement.replica_group, ranks)), rank),
             tiles=_own_group(_distinct(map(placement.tile_group, ranks)), rank),
             gather=_own_group(_distinct(map(placement.gather_group, ranks)), rank),
             pipeline=training.pipeline,

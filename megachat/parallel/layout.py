@@ -222,6 +222,12 @@ class GenerationPlacement:
             for index in range(self.tensor)
         )
 
+    def replica_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks with the same generation tensor rank in all the copies, by replica."""
+        own = self.tensor_rank(rank)
+        ranks = [r for r in range(self.source.world_size) if self.tensor_rank(r) == own]
+        return tuple(sorted(ranks, key=self.replica))
+
     def tile_group(self, rank: int) -> tuple[int, ...]:
         """Ranks of one stage whose training shards make up the same generation shard."""
         first = rank - self.tile(rank)

@@ -78,16 +78,17 @@ def training_transients(
     kept = num_layers * (units.shard if recomputes else units.layer)
     kept += _kept_by_embedding(setup, units) if is_first else 0
     edge = _kept_by_head(setup, units) if is_last else 0
+    # The input of the micro-batch before, until this one's replaces it.
+    carried = units.shard if stage > 0 and num_micro_batches > in_flight else 0
+    held = in_flight * kept + carried
     moments = [
         # The end of the last forward pass: product, sum with the bias, residual sum.
         in_flight * kept + edge + 3 * units.shard + units.gather,
-        in_flight * kept + _layer_backward(setup, units, is_tied_here=is_first and is_last),
+        held + _layer_backward(setup, units, is_tied_here=is_first and is_last),
     ]
     if is_last and setup.head is Head.LANGUAGE_MODEL:
         # The gradient of the logits, and fp32 chunks of it under construction.
-        moments.append(
-            in_flight * kept + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather
-        )
+        moments.append(in_flight * kept + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather)
         moments.append(in_flight * kept + _head_backward(setup, units, is_tied_here=is_first))
     if is_first:
         moments.append((in_flight - 1) * kept + _embedding_backward(setup, units))
@@ -116,8 +117,7 @@ def _head_backward(setup: RoleSetup, units: _Units, *, is_tied_here: bool) -> in
     normed = units.shard if setup.config.layer_norm_first else 0
     if is_tied_here:
         return normed + units.embed + units.logits + words + units.hidden + units.gather
-    # bf16 and fp32; beside them what the stage has received and what it will send.
-    return normed + 3 * words + units.hidden + 4 * units.shard + units.gather
+    return normed + 3 * words + units.hidden + units.gather  # of the words in bf16 and in fp32
 
 
 def _embedding_backward(setup: RoleSetup, units: _Units) -> int:

@@ -66,8 +66,8 @@ class WeightArena:
             rank: This rank.
             dtype: Of the weights.
             device: Where they are.
-            memory: At least the arena's bytes; None chooses by the device: address-stable pages on
-                the CPU, ordinary memory elsewhere.
+            memory: At least the arena's bytes, for nothing else; None chooses by the device:
+                address-stable pages on the CPU, ordinary memory elsewhere.
 
         Raises:
             LayoutError: The plan was made for another size of element.
@@ -196,7 +196,7 @@ class WeightArena:
             if flat.names:
                 self._memory.release(start * unit, flat.offset * unit)
                 start = flat.offset + flat.padded_elements
-        self._memory.release(start * unit, self.part.elements * unit)
+        self._memory.release(start * unit)
 
     def flat(self, index: int) -> Tensor | None:
         """The flat buffer of a block, if this stage has one."""

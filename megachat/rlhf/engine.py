@@ -7,7 +7,7 @@ reference (the actor's start) and the reward model only run forward.
 from dataclasses import dataclass
 
 from megachat.errors import ConfigError, LayoutError
-from megachat.generation.generator import Generator
+from megachat.hybrid.engine import HybridEngine
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
@@ -15,10 +15,8 @@ from megachat.training.engine import ForwardEngine, TrainEngine
 class RLHFEngine:
     """The roles of one PPO run."""
 
-    actor: TrainEngine
-    """The policy in training."""
-    generator: Generator
-    """Generates with the actor's present weights."""
+    actor: HybridEngine
+    """The policy: trains, and generates with the same weights."""
     critic: TrainEngine
     """Predicts the outcome of a response from each of its states."""
     reference: ForwardEngine
@@ -33,21 +31,22 @@ class RLHFEngine:
             LayoutError: Two roles' layouts have different world sizes.
             ConfigError: Two roles read different vocabularies.
         """
+        policy = self.actor.training
         roles: dict[str, ForwardEngine] = {
-            "actor": self.actor,
+            "actor": policy,
             "critic": self.critic,
             "reference": self.reference,
             "reward": self.reward,
         }
         for name, engine in roles.items():
             layout, config = engine.groups.layout, engine.model.config
-            if layout.world_size != self.actor.groups.layout.world_size:
+            if layout.world_size != policy.groups.layout.world_size:
                 raise LayoutError(
                     f"the {name} has layout {layout} of {layout.world_size} ranks, the actor "
-                    f"{self.actor.groups.layout}: every role covers the whole job"
+                    f"{policy.groups.layout}: every role covers the whole job"
                 )
-            if config.vocab_size != self.actor.model.config.vocab_size:
+            if config.vocab_size != policy.model.config.vocab_size:
                 raise ConfigError(
                     f"the {name} has {config.vocab_size} vocabulary rows, the actor "
-                    f"{self.actor.model.config.vocab_size}: all roles need one tokenizer"
+                    f"{policy.model.config.vocab_size}: all roles need one tokenizer"
                 )

@@ -118,24 +118,34 @@ class PPOTrainer:
         left = self.config.reward.normalization_samples
         for batch in batches:
             prompts = batch if batch.num_rows <= left else batch.select(torch.arange(left))
-            rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
+            rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
             self.normalizer.calibrate(self._scores(rollout))
             left -= prompts.num_rows
             if not left:
                 return
+
+    def generate(self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int) -> Rollout:
+        """A generation phase of the actor: reshard, sample a response to every prompt, go back."""
+        actor = self.engine.actor
+        with self._timers.phase("reshard"):
+            actor.eval()
+        try:
+            with self._timers.phase("generate"):
+                return actor.generator.generate(prompts, sampling=sampling, seed=seed)
+        finally:
+            with self._timers.phase("reshard"):
+                actor.train()
 
     def generate_experience(self, prompts: PromptBatch) -> PpoExperience:
         """Samples a response to every prompt and scores it with all four roles.
 
         The statistics of the rollout are left in `experience_metrics`.
         """
-        with self._timers.phase("generate"):
-            seed = seed_for(self._seed, "rollout", self._iteration)
-            rollout = self.engine.generator.generate(prompts, sampling=self.sampling, seed=seed)
+        seed = seed_for(self._seed, "rollout", self._iteration)
+        rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
         with self._timers.phase("score"):
-            logprobs, ref_logprobs = (
-                self._logprobs(engine, rollout, temperature=self.sampling.temperature)
-                for engine in (self.engine.actor, self.engine.reference)
+            logprobs, ref_logprobs = self._both_logprobs(
+                rollout, temperature=self.sampling.temperature
             )
             critic_output = self._critic_output(rollout)
             scores = self._scores(rollout)
@@ -155,10 +165,7 @@ class PPOTrainer:
             rollout: Responses of the present actor.
             temperature: The one they were sampled at.
         """
-        logprobs, ref_logprobs = (
-            self._logprobs(engine, rollout, temperature=temperature)
-            for engine in (self.engine.actor, self.engine.reference)
-        )
+        logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
         return RolloutStatistics(scores=self._scores(rollout), log_ratios=logprobs - ref_logprobs)
 
     def minibatches(self, experience: PpoExperience) -> Iterator[PpoExperience]:
@@ -171,7 +178,7 @@ class PPOTrainer:
 
     def train_rlhf(self, experience: PpoExperience) -> PpoReport:
         """One update of actor and critic on a mini-batch."""
-        actor, critic = self.engine.actor, self.engine.critic
+        actor, critic = self.engine.actor.training, self.engine.critic
         with self._timers.phase("train actor"):
             policy = actor.forward_backward(
                 experience,
@@ -266,6 +273,13 @@ class PPOTrainer:
             finished=rollout.finished,
             score_mean=score_mean,
             score_std=score_std,
+        )
+
+    def _both_logprobs(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs of the response tokens under the actor and under the reference."""
+        return (
+            self._logprobs(self.engine.actor.training, rollout, temperature=temperature),
+            self._logprobs(self.engine.reference, rollout, temperature=temperature),
         )
 
     def _logprobs(self, engine: ForwardEngine, rollout: Rollout, *, temperature: float) -> Tensor:

@@ -11,6 +11,7 @@ from megachat.config import ConfigModel, PathField
 from megachat.data.config import DataConfig
 from megachat.data.tokenizer import SentencePieceConfig
 from megachat.errors import ConfigError
+from megachat.generation.generator import GenerationConfig
 from megachat.generation.sampling import SamplingConfig
 from megachat.model.config import (
     ModelOptions,
@@ -19,7 +20,7 @@ from megachat.model.config import (
     Recompute,
 )
 from megachat.parallel.launch import LaunchConfig
-from megachat.parallel.layout import ParallelLayout
+from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.rlhf.config import PpoConfig
 from megachat.training.schedules import OptimizerConfig
 
@@ -214,6 +215,10 @@ class RlhfSection(_LoopSection):
 
     batch_prompts: int = Field(default=32, ge=1)
     """Prompts of one experience, over the whole job."""
+    generation_tensor: int | None = Field(default=None, ge=1)
+    """Tensor degree the actor generates with; None is the one it trains with. Pipeline stages are
+    gathered for generation, and every rank generates."""
+    generation: GenerationConfig = GenerationConfig()
     sampling: SamplingConfig = SamplingConfig()
     ppo: PpoConfig = PpoConfig()
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)
@@ -222,6 +227,10 @@ class RlhfSection(_LoopSection):
     """Ground truth that the replies before and after are compared by."""
     samples: int = Field(default=3, ge=0)
     """Held-out prompts whose replies before and after are shown."""
+
+    def generation_degree(self, actor: RoleSection) -> int:
+        """Tensor degree that an actor generates with."""
+        return actor.tensor if self.generation_tensor is None else self.generation_tensor
 
     @model_validator(mode="after")
     def _samples_at_a_temperature(self) -> Self:
@@ -258,7 +267,8 @@ class RunConfig(ConfigModel):
         """Checks relations that span components, before any process is started.
 
         Raises:
-            LayoutError: A role's degrees do not fit the number of processes.
+            LayoutError: A role's degrees do not fit the number of processes, or the generation
+                degree does not nest into the actor's layout.
             ConfigError: Rows and mini-batches do not fit.
         """
         roles = {"actor": self.models.actor, "reward": self.models.reward}
@@ -266,6 +276,10 @@ class RunConfig(ConfigModel):
             role.layout(self.launch.world_size)
             if role.shape is not None:
                 self._check_positions(name, role.shape.max_positions)
+        GenerationPlacement(
+            source=self.models.actor.layout(self.launch.world_size),
+            tensor=self.rlhf.generation_degree(self.models.actor),
+        )
         self.rlhf.ppo.check_rows(self.rlhf.batch_prompts)
 
     def _check_positions(self, role: str, max_positions: int) -> None:

@@ -65,9 +65,7 @@ def evaluate_policy(
     """
     sampling = SamplingConfig(max_new_tokens=trainer.sampling.max_new_tokens)
     rollouts = [
-        trainer.engine.generator.generate(
-            batch, sampling=sampling, seed=seed_for(seed, "evaluation")
-        )
+        trainer.generate(batch, sampling=sampling, seed=seed_for(seed, "evaluation"))
         for batch in batches
     ]
     replies = [reply for rollout in rollouts for reply in decode_replies(rollout, tokenizer)]

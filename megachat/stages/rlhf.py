@@ -1,15 +1,15 @@
 """Step 3, PPO: the actor learns to say what the reward model likes, close to the reference."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PromptLoader, endless
 from megachat.data.stage_data import build_stage_data
 from megachat.data.tokenizer import Tokenizer
-from megachat.generation.generator import Generator
-from megachat.model.config import Head
+from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.model.config import Head, vocab_multiple_for
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.engine import RLHFEngine
@@ -75,7 +75,7 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
             after = evaluate()
     with timers.phase("save"):
         save_huggingface(
-            trainer.engine.actor.model,
+            trainer.engine.actor.training.model,
             context.model_folder(Stage.PROMPTS),
             extra_files=export_files(context.config),
         )
@@ -122,23 +122,30 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         model = load_model(context, role, folder, head=head, options=role.options())
         return ForwardEngine(model, micro_batch_rows=role.micro_batch_rows)
 
+    degrees = (models.actor.tensor, config.generation_degree(models.actor))
     actor = load_model(
-        context, models.actor, sft, head=Head.LANGUAGE_MODEL, options=models.actor.options()
+        context,
+        models.actor,
+        sft,
+        head=Head.LANGUAGE_MODEL,
+        options=replace(models.actor.options(), vocab_multiple=vocab_multiple_for(*degrees)),
     )
     critic = load_model(
         context, models.reward, reward, head=Head.SCALAR, options=models.reward.options()
     )
     tokenizer = context.tokenizer
     return RLHFEngine(
-        actor=TrainEngine(
+        actor=HybridEngine(
             actor,
-            micro_batch_rows=models.actor.micro_batch_rows,
-            optimizer=config.actor_optimizer,
-            total_steps=num_updates,
-            seed=seed,
-        ),
-        generator=Generator(
-            actor,
+            HybridSettings(
+                generation_tensor=degrees[1],
+                micro_batch_rows=models.actor.micro_batch_rows,
+                optimizer=config.actor_optimizer,
+                total_steps=num_updates,
+                seed=seed,
+                generation=config.generation,
+                ranks_per_node=context.config.launch.processes,
+            ),
             stop_ids=(tokenizer.eos_id,),
             suppressed_ids=unspeakable_ids(tokenizer, vocab_size=actor.config.vocab_size),
         ),

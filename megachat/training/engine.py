@@ -6,7 +6,7 @@ batches: each data rank runs its rows, and results are global on every rank, wha
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -295,7 +295,7 @@ class TrainEngine(ForwardEngine):
         self.steps_done = 0
 
     def forward_backward(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
-        """The gradient of the loss of a global batch, reduced over data ranks; `step` uses it up."""
+        """The gradient of a global batch's loss, reduced over data ranks; `step` uses it up."""
         assert not self._has_gradient, "each forward_backward needs its own step"
         self._has_gradient = True
         self.model.train()
@@ -307,7 +307,8 @@ class TrainEngine(ForwardEngine):
 
         def collect(micro_batch: _MicroBatch[BatchT], output: Tensor) -> tuple[Tensor, Any]:
             terms = _terms_of(loss, micro_batch, output)
-            reported.append(terms)
+            # Detached, or the graph would keep each micro-batch's input and its gradient alive.
+            reported.append(replace(terms, loss=terms.loss.detach()))
             return terms.loss * scale, None
 
         self._run(micro_batches, collect, forward_only=False, before_forward=self._key_dropout)

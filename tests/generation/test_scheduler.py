@@ -208,6 +208,16 @@ def test_long_prompts_are_computed_in_chunks_beside_the_running_sequences() -> N
     assert [len(schedule.decode) for schedule in executor.schedules] == [0, 1, 1, 2]
 
 
+def test_a_pool_that_holds_everyone_lets_everyone_enter_at_once() -> None:
+    """What is kept free for growth is what the running sequences can still grow by, not more."""
+    jobs = [Job(prompt=(1,) * n, stops=(9,)) for n in range(1, 8)]
+    needed = sum(-(-(len(job.prompt) + 5) // 4) for job in jobs)
+    executor = _executor(jobs, num_blocks=needed, prefill_tokens=100)
+    executor.run()
+    assert len(executor.schedules[0].first_tokens) == 7
+    assert executor.scheduler.num_preemptions == 0
+
+
 def test_samples_of_one_prompt_compute_it_once_and_copy_the_block_they_write_to() -> None:
     executor = _executor([Job(prompt=(1, 2, 1, 2, 1, 2), stops=(9, 9, 9))])
     executor.step()

@@ -62,7 +62,7 @@ WAYS = {
     "small batch": replace(PLAIN, max_sequences=3),
     "small chunks": replace(PLAIN, prefill_tokens=5),
     "preemption": replace(PLAIN, num_blocks=9),
-    "everything": Way(block_size=2, num_blocks=19, max_sequences=5, prefill_tokens=3),
+    "everything": Way(block_size=2, num_blocks=11, max_sequences=5, prefill_tokens=3),
 }
 
 
@@ -229,7 +229,7 @@ def test_log_probs_equal_what_the_training_path_recomputes(
         if config == name:
             gap = (outcome.rescored - outcome.rollout.logprobs).abs().max().item()
             assert gap <= 1e-5, title
-            assert len(outcome.rollout.response_lengths.unique()) > 3, title
+            assert len(outcome.rollout.response_lengths.unique()) >= 3, title
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megachat.parallel.groups import ProcessGroups
+from megachat.reshard import HopOrder
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks
 from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, wrong_weights
@@ -55,6 +56,7 @@ def _problems(actor: Actor) -> list[str]:
 
 
 def _run_all(cases: list[Case], ranks_per_node: int | None) -> list[str]:
+    """All problems of all cases, each in both norms and both dtypes."""
     problems = []
     for case in cases:
         groups = ProcessGroups.create(case.source)
@@ -70,3 +72,27 @@ def _run_all(cases: list[Case], ranks_per_node: int | None) -> list[str]:
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_generation_weight_is_exact_for_every_layout(world_size: int) -> None:
     assert run_ranks(world_size, _run_all, CASES[world_size], None) == [[]] * world_size
+
+
+TWO_HOPS = [Case(train=(4, 2, 1), generate=2), Case(train=(2, 2, 2), generate=1)]
+
+
+def _run_two_hops() -> list[str]:
+    """The same with four ranks to a node, and the order in which layers land."""
+    problems = []
+    for case in TWO_HOPS:
+        groups = ProcessGroups.create(case.source)
+        actor = build_actor(case, POST_LN, torch.bfloat16, groups=groups, ranks_per_node=4)
+        if actor.plan.order is not HopOrder.STAGES_FIRST:
+            problems.append(f"{case} goes {actor.plan.order}")
+        problems += [f"{case}: {found}" for found in _problems(actor)]
+        landed = [step.layer for step in Resharder(actor.arena, actor.groups).stream()]
+        layers = [layer for layer in landed if layer is not None]
+        if landed[0] is not None or layers != sorted(layers) or len(set(layers)) != 2:
+            problems.append(f"{case}: layers landed in the order {landed}")
+        problems += wrong_weights(actor)
+    return problems
+
+
+def test_two_hops_over_nodes_are_exact_and_layers_land_in_order() -> None:
+    assert run_ranks(8, _run_two_hops) == [[]] * 8

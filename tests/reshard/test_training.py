@@ -1,5 +1,6 @@
 """Training whose weights live in the arena: the same numbers, and nothing leaves the arena."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def _engine(actor: Actor, storage: FlatStorage) -> TrainEngine:
     )
 
 
-def _train_step(engine: TrainEngine, step: int) -> tuple[float, float]:
+def train_step(engine: TrainEngine, step: int) -> tuple[float, float]:
     batch = sft_batch(ROWS, step)
     objective = SftObjective.for_batch(
         batch, group=engine.groups.tensor, vocab_start=engine.vocab_start
@@ -97,47 +98,58 @@ def _generation_problems(actor: Actor) -> list[str]:
     return problems
 
 
-def _compare(case: Case, config: OptConfig, dtype: torch.dtype) -> list[str]:
+def _pair(
+    case: Case, config: OptConfig, dtype: torch.dtype
+) -> tuple[Actor, TrainEngine, TrainEngine]:
+    """Equal models: one trained in the arena, one beside it."""
     groups = ProcessGroups.create(case.source)
-    actor = build_actor(case, config, dtype, groups=groups)
-    other = build_actor(case, config, dtype, groups=groups)
-    with torch.no_grad():
-        for one in (actor, other):
-            for parameter in one.model.parameters():
-                parameter.mul_(0.05)
-            for name, parameter in one.model.named_parameters():
-                if "norm.weight" in name or "layernorm.weight" in name:
-                    parameter.add_(1.0)
-    engine = _engine(actor, actor.storage)
-    separate = _engine(other, SeparateMemory(other.storage.parameter_groups))
-    resharder, problems = Resharder(actor.arena, actor.groups), []
-    losses = []
+    actor, other = (build_actor(case, config, dtype, groups=groups) for _ in range(2))
+    for one in (actor, other):
+        _calm(one)
+    memory = SeparateMemory(other.storage.parameter_groups)
+    return actor, _engine(actor, actor.storage), _engine(other, memory)
+
+
+@torch.no_grad()
+def _calm(actor: Actor) -> None:
+    """Brings the random weights to a size that trains."""
+    for name, parameter in actor.model.named_parameters():
+        parameter.mul_(0.05)
+        if "norm.weight" in name:
+            parameter.add_(1.0)
+
+
+def _compare(case: Case, config: OptConfig, dtype: torch.dtype) -> list[str]:
+    actor, engine, separate = _pair(case, config, dtype)
+    resharder = Resharder(actor.arena, actor.groups)
+    problems, losses = [], []
     for step in range(STEPS):
         actor.arena.check_aliasing(engine.stored_tensors())
         resharder.gather()
         problems += _generation_problems(actor)
         actor.arena.release()
-        found, expected = _train_step(engine, step), _train_step(separate, step)
+        found, expected = train_step(engine, step), train_step(separate, step)
         losses.append(found[0])
         if found != expected:
             problems.append(f"step {step}: {found} in the arena, {expected} beside it")
-    if not all(torch.isfinite(torch.tensor(losses))) or len(set(losses)) < STEPS:
+    if not all(map(math.isfinite, losses)) or len(set(losses)) < STEPS:
         problems.append(f"losses {losses} are no training")
-    resharder.gather()  # what lies behind the buffers is foreign again when a checkpoint is loaded
-    fill(actor.model)
-    engine.weights_loaded()
-    if actor.arena.is_current:
-        problems.append("loaded weights did not make the generation shard stale")
-    fill(other.model)
-    separate.weights_loaded()
-    if _train_step(engine, 0) != _train_step(separate, 0):
-        problems.append("training goes on differently after a load")
+    problems += _load_problems(actor, engine, separate)
     actor.arena.check_aliasing(engine.stored_tensors())
-    for (name, one), two in zip(
-        actor.model.named_parameters(), other.model.parameters(), strict=True
-    ):
-        if not torch.equal(one, two):
-            problems.append(f"{name} differs")
+    pairs = zip(actor.model.named_parameters(), separate.model.parameters(), strict=True)
+    return problems + [f"{name} differs" for (name, one), two in pairs if not torch.equal(one, two)]
+
+
+def _load_problems(actor: Actor, engine: TrainEngine, separate: TrainEngine) -> list[str]:
+    """What goes wrong when weights are loaded while the whole shard is there."""
+    Resharder(actor.arena, actor.groups).gather()
+    for one in (engine, separate):
+        fill(one.model)
+        one.weights_loaded()
+    problems = ["a load left the generation shard valid"] if actor.arena.is_current else []
+    found, expected = train_step(engine, 0), train_step(separate, 0)
+    if found != expected:
+        problems.append(f"after a load: {found} in the arena, {expected} beside it")
     return problems
 
 

@@ -51,7 +51,7 @@ def _step(actor: ParallelLayout, reward: ParallelLayout) -> tuple[Step, Step]:
                 statistics=trainer.experience_metrics,
                 reports=reports,
                 weights={
-                    "actor": tiny.own_weights(trainer.engine.actor.model),
+                    "actor": tiny.own_weights(trainer.engine.actor.training.model),
                     "critic": tiny.own_weights(trainer.engine.critic.model),
                 },
             )
@@ -332,7 +332,7 @@ def test_measuring_changes_no_statistics_and_takes_log_probs_at_the_given_temper
 def _check_measure() -> None:
     trainer = tiny.trainer(PpoConfig(reward={"normalization": "running"}), reference_seed=9)
     sampling = SamplingConfig(max_new_tokens=6, temperature=1.6)
-    rollout = trainer.engine.generator.generate(tiny.prompts(LENGTHS), sampling=sampling, seed=1)
+    rollout = trainer.generate(tiny.prompts(LENGTHS), sampling=sampling, seed=1)
     state, coefficient = trainer.normalizer.state_dict(), trainer.kl_controller.coefficient
     measured = trainer.measure(rollout, temperature=1.6)
     assert trainer.normalizer.state_dict() == state

@@ -6,8 +6,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megachat.generation.generator import Generator
+from megachat.generation.generator import GenerationConfig
 from megachat.generation.sampling import SamplingConfig
+from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import ProcessGroups
@@ -75,6 +76,7 @@ def trainer(
     optimizer: OptimizerConfig = OPTIMIZER,
     seed: int = 7,
     rows: int = 3,
+    generation_tensor: int | None = None,
     timers: PhaseTimers | None = None,
 ) -> PPOTrainer:
     """All four roles on this world; `actor` is also the reference's layout, `reward` the critic's.
@@ -89,6 +91,7 @@ def trainer(
         optimizer: Of actor and critic.
         seed: Of sampling and shuffling.
         rows: Rows of a micro-batch.
+        generation_tensor: Tensor degree the actor generates with; None is its training degree.
         timers: Where the phases are measured; None makes new ones.
     """
     layouts = {actor or ParallelLayout(), reward or ParallelLayout()}
@@ -106,8 +109,19 @@ def trainer(
         return ForwardEngine(model, micro_batch_rows=rows)
 
     engine = RLHFEngine(
-        actor=train_engine(policy),
-        generator=Generator(policy, stop_ids=STOPS, suppressed_ids=(PAD,)),
+        actor=HybridEngine(
+            policy,
+            HybridSettings(
+                generation_tensor=generation_tensor or policy_groups.layout.tensor,
+                micro_batch_rows=rows,
+                optimizer=optimizer,
+                total_steps=100,
+                seed=seed,
+                generation=GenerationConfig(kv_cache_gb=0.01, block_size=8),
+            ),
+            stop_ids=STOPS,
+            suppressed_ids=(PAD,),
+        ),
         critic=train_engine(opt_model(score_groups, Head.SCALAR, dtype=dtype)),
         reference=forward_engine(
             opt_model(policy_groups, Head.LANGUAGE_MODEL, seed=reference_seed, dtype=dtype)

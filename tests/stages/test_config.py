@@ -86,14 +86,14 @@ def test_starting_from_the_supervised_model_is_for_the_reward_model_only() -> No
             "world size 2 is not a multiple of tensor 1 x pipeline 4 = 4",
         ),
         (
-            ["data.max_tokens=41"],
+            ["data.max_tokens=53"],
             ConfigError,
-            "data.max_tokens 41, but models.actor.shape.max_positions is 40",
+            "data.max_tokens 53, but models.actor.shape.max_positions is 52",
         ),
         (
-            ["rlhf.sampling.max_new_tokens=30"],
+            ["rlhf.sampling.max_new_tokens=40"],
             ConfigError,
-            "data.max_prompt_tokens 16 + rlhf.sampling.max_new_tokens 30 = 46",
+            "data.max_prompt_tokens 20 + rlhf.sampling.max_new_tokens 40 = 60",
         ),
         (["rlhf.batch_prompts=7"], ConfigError, "7 rows an experience cannot be cut into 2 equal"),
         (["rlhf.ppo.kl.horizon=1"], ConfigError, "could turn the coefficient to 0"),
@@ -110,9 +110,9 @@ def test_relations_between_tables_are_checked_before_anything_starts(
 
 def test_the_positions_of_a_reward_model_of_its_own_shape_are_checked_too(tmp_path: Path) -> None:
     values = tiny_run.tree(tmp_path)
-    values["models"]["reward"] = {"shape": {**SHAPE, "max_positions": 39}}
+    values["models"]["reward"] = {"shape": {**SHAPE, "max_positions": 51}}
     config = build_config(RunConfig, values, source="test")
-    with pytest.raises(ConfigError, match="models.reward.shape.max_positions is 39"):
+    with pytest.raises(ConfigError, match="models.reward.shape.max_positions is 51"):
         config.check()
 
 

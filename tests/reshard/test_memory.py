@@ -1,0 +1,99 @@
+"""Resident memory of real reshards: what comes, goes again, and nothing creeps."""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megachat.model.config import OptConfig
+from megachat.parallel.collectives import barrier
+from megachat.parallel.groups import ProcessGroups
+from megachat.reshard.execute import Resharder
+from megachat.reshard.ledger import ArenaLedger, arena_ledger
+from megachat.training.engine import TrainEngine
+from tests.harness import run_ranks
+from tests.reshard.cases import PRE_LN, Case, build_actor
+from tests.reshard.test_training import OPTIMIZER, train_step
+
+WIDE = OptConfig(
+    vocab_size=1000, max_positions=32, hidden=384, ffn=1536, layers=8, heads=8, embed_dim=384
+)
+"""57 MB of fp32, so that a process's own noise is well below 5 % of what is gathered."""
+CYCLES, WARM_CYCLES = 50, 10
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Of the resident bytes of one rank over a reshard."""
+
+    ledger: ArenaLedger
+    peak: int
+    gathered: int
+    left: int
+    """After the release."""
+
+
+def _growth() -> list[Growth]:
+    rows = []
+    for case in (Case(train=(2, 2, 1), generate=1), Case(train=(1, 2, 2), generate=2)):
+        groups = ProcessGroups.create(case.source)
+        actor = build_actor(case, WIDE, torch.float32, groups=groups)
+        resharder = Resharder(actor.arena, actor.groups)
+        for _ in range(2):  # the first opens connections
+            actor.arena.release()
+            barrier()
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+            start = _resident("VmRSS")
+            resharder.gather()
+            peak, gathered = _resident("VmHWM") - start, _resident("VmRSS") - start
+            actor.arena.release()
+            left = _resident("VmRSS") - start
+        ledger = arena_ledger(actor.arena.part, element_bytes=4, page_bytes=mmap.PAGESIZE)
+        rows.append(Growth(ledger=ledger, peak=peak, gathered=gathered, left=left))
+    return rows
+
+
+def test_a_reshard_takes_the_planned_memory_and_gives_it_back() -> None:
+    for rank, rows in enumerate(run_ranks(4, _growth)):
+        for row in rows:
+            foreign = row.ledger.foreign_shard
+            assert foreign > 10e6
+            assert abs(row.gathered - foreign) <= 0.05 * foreign, (rank, row)
+            assert row.gathered <= row.peak <= 1.05 * row.ledger.growth, (rank, row)
+            assert abs(row.left) <= 0.05 * foreign, (rank, row)
+
+
+def _cycle() -> list[int]:
+    """Resident bytes after each cycle of a training step, a gather and a release."""
+    case = Case(train=(2, 2, 1), generate=1)
+    groups = ProcessGroups.create(case.source)
+    actor = build_actor(case, PRE_LN, torch.float32, groups=groups)
+    engine = TrainEngine(
+        actor.model,
+        micro_batch_rows=2,
+        optimizer=OPTIMIZER,
+        total_steps=CYCLES,
+        seed=1,
+        storage=actor.storage,
+    )
+    resharder, resident = Resharder(actor.arena, actor.groups), []
+    for step in range(CYCLES):
+        train_step(engine, step)
+        assert resharder.gather().received_bytes == actor.arena.part.traffic.received
+        actor.arena.release()
+        actor.arena.check_aliasing(engine.stored_tensors())
+        resident.append(_resident("VmRSS"))
+    return resident
+
+
+def test_memory_does_not_grow_over_fifty_cycles_of_training_and_generation() -> None:
+    for rank, resident in enumerate(run_ranks(4, _cycle)):
+        assert len(resident) == CYCLES
+        assert resident[-1] <= 1.01 * resident[WARM_CYCLES], f"rank {rank}: {resident}"

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +37,8 @@ from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.planner.job import RoleSetup
 from megachat.records import PreferenceBatch, SftBatch
+from megachat.reshard.arena import ResidentMemory, WeightArena
+from megachat.reshard.plan import plan_for_model, plan_rank
 from megachat.rlhf.objectives import PairwiseObjective, SftObjective
 from megachat.training.engine import LossReport, TrainEngine, _MicroBatch
 from megachat.training.schedules import OptimizerConfig
@@ -47,6 +49,8 @@ class RehearsedBytes:
     """What the ledger counted on one rank."""
 
     parameters: int
+    arena: int
+    """Parameters and foreign blocks in one piece; 0 without a generation layout."""
     gradients: int
     masters: int
     moments: int
@@ -69,15 +73,13 @@ class ByteLedger(TorchDispatchMode):
         self.reads: dict[str, None] = {}
         self._known: dict[int, tuple[int, object]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and takes note of its results."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._answer(args[0])
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self._take_note(leaf.untyped_storage())
         return out
 
@@ -101,7 +103,9 @@ class ByteLedger(TorchDispatchMode):
 
     def _answer(self, tensor: Tensor) -> bool | float:
         """A tensor's value, which does not exist: every step is finite, and clipped."""
-        frames = (f for f in reversed(traceback.extract_stack()[:-2]) if "/torch/_" not in f.filename)
+        frames = (
+            f for f in reversed(traceback.extract_stack()[:-2]) if "/torch/_" not in f.filename
+        )
         line = next(frames).line or ""
         self.reads[line] = None
         is_good = not any(word in line for word in ("overflow", "isfinite"))
@@ -145,7 +149,12 @@ class _FakeModel(OptModel):
 
 
 def rehearse(
-    setup: RoleSetup, *, rank: int, tokens: int, num_micro_batches: int
+    setup: RoleSetup,
+    *,
+    rank: int,
+    tokens: int,
+    num_micro_batches: int,
+    generation_tensor: int | None = None,
 ) -> RehearsedBytes:
     """Builds one rank's model and optimizer, and runs a training step.
 
@@ -154,6 +163,8 @@ def rehearse(
         rank: Any rank of the layout.
         tokens: Length of every row.
         num_micro_batches: Micro-batches of each data rank.
+        generation_tensor: Puts the weights into the arena of a reshard to this tensor degree; None
+            trains without one.
     """
     ledger = ByteLedger()
     with fake_rank(setup.layout, rank) as groups, FakeTensorMode(), ledger:
@@ -161,12 +172,14 @@ def rehearse(
         model = _FakeModel(
             setup.config, groups=groups, head=setup.head, options=_options(setup), seed=None
         )
+        arena = None if generation_tensor is None else _arena(model, generation_tensor)
         engine = _Rehearsal(
             model,
             micro_batch_rows=setup.micro_batch_rows,
             optimizer=OptimizerConfig(learning_rate=1e-5),
             total_steps=1,
             seed=1,
+            storage=None if arena is None else arena.adopt(model),
         )
         engine.ledger, engine.marks = ledger, []
         batch, loss = _batch(setup, engine, tokens=tokens, count=num_micro_batches)
@@ -178,11 +191,28 @@ def rehearse(
         engine.step()
         gc.collect()
         return RehearsedBytes(
+            parameters=sum(parameter.nbytes for parameter in model.parameters()),
+            arena=0 if arena is None else arena.num_bytes,
             transient_peak=transient_peak,
             activations=_kept_by_each(engine.marks, setup, groups),
             reads=tuple(ledger.reads),
-            **_pool_bytes(model, engine),
+            **_optimizer_bytes(engine),
         )
+
+
+def _arena(model: OptModel, generation_tensor: int) -> WeightArena:
+    """The memory that training shares with generation; foreign blocks included."""
+    layout, options = model.groups.layout, model.options
+    plan = plan_for_model(
+        model.config,
+        source=layout,
+        target=ParallelLayout.for_world(layout.world_size, tensor=generation_tensor),
+        element_bytes=options.dtype.itemsize,
+    )
+    rank, device = model.groups.rank, torch.device("cpu")
+    num_bytes = plan_rank(plan, rank).elements * options.dtype.itemsize
+    memory = ResidentMemory(num_bytes, device)
+    return WeightArena(plan, rank=rank, dtype=options.dtype, device=device, memory=memory)
 
 
 def _options(setup: RoleSetup) -> ModelOptions:
@@ -231,13 +261,12 @@ def _kept_by_each(marks: list[int], setup: RoleSetup, groups: ProcessGroups) -> 
     return marks[2] - marks[1] if warm_ups > 2 else 0
 
 
-def _pool_bytes(model: nn.Module, engine: TrainEngine) -> dict[str, int]:
-    """Bytes of the long-lived pools, from DeepSpeed's own lists."""
+def _optimizer_bytes(engine: TrainEngine) -> dict[str, int]:
+    """Bytes of the optimizer's pools, from DeepSpeed's own lists."""
     optimizer = engine._zero1._optimizer
     states = optimizer.optimizer.state.values()
     moments = (value for state in states for value in state.values() if torch.is_tensor(value))
     return {
-        "parameters": _storage_bytes(model.parameters()),
         "gradients": _storage_bytes(optimizer.fp32_groups_gradients_flat),
         "masters": _storage_bytes(optimizer.fp32_groups_flat_partition),
         "moments": _storage_bytes(value for value in moments if value.ndim),

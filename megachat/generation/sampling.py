@@ -29,8 +29,8 @@ GROUP_TOKENS = VOCAB_MULTIPLE
 """Tokens of a group. Every rank's slice of the vocabulary is a whole number of groups."""
 
 _GROUP_STREAM, _TOKEN_STREAM = 0, 1
-_DIGITS = ((21, 11), (10, 11), (0, 10))
-"""Shift and width of the parts of a 32-bit number, the most significant first."""
+_DIGIT_BITS = 8
+"""Width of a digit in the search for the edge of a nucleus."""
 
 
 class SamplingConfig(ConfigModel):
@@ -248,8 +248,8 @@ class Sampler:
 
         Finds the largest x for which the tokens with logits of at least x have mass p, digit by
         digit of its binary form: each pass sums the mass by the next digit, over all ranks, among
-        the tokens that agree in the digits before. Three histograms of up to 2048 numbers a row
-        are exchanged, whatever the vocabulary.
+        the tokens that agree in the digits before. Four histograms of 256 numbers a row are
+        exchanged, whatever the vocabulary.
         """
         num_rows, num_columns = choice.shape
         peak = self._over_ranks_max(choice.amax(dim=1, keepdim=True))
@@ -259,13 +259,13 @@ class Sampler:
         edge = ordered.new_zeros(num_rows)
         above = weights.new_zeros(num_rows, 1)
         wanted = weights.new_full((num_rows, 1), -1.0)
-        for shift, width in _DIGITS:
-            histogram = weights.new_zeros(num_rows, 1 << width)
-            digits = (ordered >> shift) & ((1 << width) - 1)
-            histogram.view(-1).index_add_(0, (rows << width) + digits, weights)
+        for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+            histogram = weights.new_zeros(num_rows, 1 << _DIGIT_BITS)
+            digits = (ordered >> shift) & ((1 << _DIGIT_BITS) - 1)
+            histogram.view(-1).index_add_(0, (rows << _DIGIT_BITS) + digits, weights)
             if self._group is not None:
                 all_reduce_sum(histogram, self._group)
-            if shift == _DIGITS[0][0]:
+            if shift == 32 - _DIGIT_BITS:
                 wanted = self._config.top_p * histogram.sum(dim=1, keepdim=True)
             from_top = histogram.flip(1).cumsum(dim=1).flip(1) + above
             # The mass falls with the digit: count the digits that still reach p.

@@ -302,7 +302,7 @@ class DecodeScheduler:
         allocator, sequence = self._allocator, self._waiting[0]
         shared = allocator.share_prefix(sequence.prompt)
         needed = allocator.blocks_for(sequence.known) - len(shared)
-        # Entering only to be preempted soon is waste, so one block is left for each that may want it.
+        # Entering only to be preempted soon is waste: who may want a block finds one.
         if needed > allocator.num_free - self._num_growing(at_most=allocator.num_free - needed):
             allocator.release(shared)
             return None

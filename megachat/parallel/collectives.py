@@ -112,14 +112,24 @@ def start_gather(slots: Sequence[Tensor], group: dist.ProcessGroup) -> PendingTr
     own = slots[group.rank()]
     received = sum(slot.nbytes for slot in slots) - own.nbytes
     if dist.get_backend(group) == "nccl" and _are_neighbours(slots):
-        whole = slots[0].as_strided((own.numel() * len(slots),), (1,))
-        work = dist.all_gather_into_tensor(whole, own.view(-1), group=group, async_op=True)
-        return PendingTransfer(works=(work,), received_bytes=received)
+        return start_all_gather(slots[0].as_strided((own.numel() * len(slots),), (1,)), group)
     works = [
         dist.broadcast(slot, src=dist.get_global_rank(group, index), group=group, async_op=True)
         for index, slot in enumerate(slots)
     ]
     return PendingTransfer(works=tuple(works), received_bytes=received)
+
+
+def start_all_gather(whole: Tensor, group: dist.ProcessGroup) -> PendingTransfer:
+    """Fills `whole` in place with one all-gather, whatever the backend makes of it.
+
+    Args:
+        whole: Contiguous; the i-th of equal parts is what rank i of the group has there.
+        group: The ranks.
+    """
+    own = whole.view(-1).chunk(group.size())[group.rank()]
+    work = dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
+    return PendingTransfer(works=(work,), received_bytes=whole.nbytes - own.nbytes)
 
 
 def start_exchange(

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -37,6 +38,11 @@ from megachat.parallel.groups import GROUP_TIMEOUT
 _LOOPBACK = "127.0.0.1"
 _JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for each rank of a job."""
+
+_LAST_WORDS_SECONDS = 1.0
+"""How long a rank outlives an unexpected error. A rank that is killed leaves no message, and its
+peers fail at once because they lost it; staying a little, they let the parent see who died first.
+"""
 
 
 class LaunchConfig(ConfigModel):
@@ -214,8 +220,8 @@ def _endpoint(config: LaunchConfig) -> str:
                 "of the first node"
             )
         return f"{_LOOPBACK}:0"
-    host, separator, port = config.rendezvous.rpartition(":")
-    if not separator or not port.isdigit() or not 0 <= int(port) < 65536:
+    host, _, port = config.rendezvous.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
         raise LaunchError(f"launch.rendezvous is {config.rendezvous!r}: expected host:port")
     if config.nodes == 1:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -270,24 +276,30 @@ def _leave_with(error: Exception, folder: str) -> NoReturn:
     draft.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     draft.rename(draft.with_suffix(".json"))
     sys.stdout.flush()
+    if not isinstance(error, MegachatError):
+        time.sleep(_LAST_WORDS_SECONDS)
     os._exit(2 if isinstance(error, MegachatError) else 1)
 
 
 def _first_failure(folder: Path, error: ChildFailedError) -> MegachatError:
     """The error of the rank that failed first, as this process should raise it.
 
-    A MegachatError wins over the errors of ranks that merely lost their peer.
+    A MegachatError wins over the errors of ranks that merely lost their peer, and so does a death
+    without a message.
     """
     failures = [_Failure(**json.loads(path.read_text("utf-8"))) for path in folder.glob("*.json")]
-    for failure in sorted(failures, key=lambda failure: failure.time_ns):
+    failures.sort(key=lambda failure: failure.time_ns)
+    for failure in failures:
         kind = vars(errors).get(failure.kind)
         if isinstance(kind, type) and issubclass(kind, MegachatError):
             return kind(failure.message)
-    if failures:
-        first = min(failures, key=lambda failure: failure.time_ns)
-        return LaunchError(f"rank {first.rank} failed:\n{first.stack}")
     rank, process = error.get_first_failure()
-    return LaunchError(f"rank {rank} died without a message: exit code {process.exitcode}")
+    if rank in {failure.rank for failure in failures}:
+        return LaunchError(f"rank {failures[0].rank} failed:\n{failures[0].stack}")
+    if process.exitcode < 0:
+        name = signal.Signals(-process.exitcode).name
+        return LaunchError(f"rank {rank} was killed by {name}: see whether memory ran out")
+    return LaunchError(f"rank {rank} ended without a message: exit code {process.exitcode}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -84,28 +84,31 @@ def training_transients(
     moments = [
         # The end of the last forward pass: product, sum with the bias, residual sum.
         in_flight * kept + edge + 3 * units.shard + units.gather,
-        held + _layer_backward(setup, units, is_tied_here=is_first and is_last),
+        held + _layer_backward(setup, units, is_first=is_first, is_last=is_last),
     ]
     if is_last and setup.head is Head.LANGUAGE_MODEL:
         # The gradient of the logits, and fp32 chunks of it under construction.
-        moments.append(in_flight * kept + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather)
-        moments.append(in_flight * kept + _head_backward(setup, units, is_tied_here=is_first))
+        moments.append(held + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather)
+        moments.append(held + _head_backward(setup, units, is_tied_here=is_first))
     if is_first:
         moments.append((in_flight - 1) * kept + _embedding_backward(setup, units))
     activations = in_flight * kept + edge
     return Transients(activations=activations, workspace=max(moments) - activations)
 
 
-def _layer_backward(setup: RoleSetup, units: _Units, *, is_tied_here: bool) -> int:
-    """The backward pass of a stage's last layer: gradients of its output, its MLP and a matrix."""
-    total = 3 * setup.value_bytes * largest_elements(setup) + units.hidden + units.mlp
+def _layer_backward(setup: RoleSetup, units: _Units, *, is_first: bool, is_last: bool) -> int:
+    """The backward pass of a stage's last layer, beside what the layers keep."""
+    # The gradient of the MLP's activation, and then a matrix's in bf16 and fp32 or, if larger, the
+    # one before the rectifier.
+    matrix = 3 * setup.value_bytes * largest_elements(setup)
+    total = units.hidden + units.mlp + max(matrix, units.mlp)
     if setup.recompute is Recompute.FULL:
         total += units.layer
     if units.gather:  # the gathered gradient is in the buffer, beside its shard
         total += units.shard
-    if not setup.config.layer_norm_first:  # the last norm is done, its input gone
+    if is_last and not setup.config.layer_norm_first:  # the last norm is done, its input gone
         total -= units.shard
-    if is_tied_here and setup.head is Head.LANGUAGE_MODEL:
+    if is_first and is_last and setup.head is Head.LANGUAGE_MODEL:
         # The head's part of the gradient of the words waits for the embedding's.
         total += setup.value_bytes * word_elements(setup)
     return total

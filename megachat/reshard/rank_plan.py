@@ -176,13 +176,14 @@ class _RankPlanner:
             yield Exchange(sends=tuple(sends), receives=tuple(receives))
 
     def _suppliers(self, area: Area) -> dict[int, int]:
-        """Stage that lacks an area -> stage that sends it: on the same node, else by turns."""
+        """Stage that lacks an area -> stage that sends it: of the same node if any, by turns."""
         lacking = [stage for stage in range(self.stages) if stage not in area.holders]
         suppliers = {}
         for turn, stage in enumerate(lacking):
             node = self.plan.node(self.pipeline_ranks[stage])
             near = [h for h in area.holders if self.plan.node(self.pipeline_ranks[h]) == node]
-            suppliers[stage] = near[0] if near else area.holders[turn % len(area.holders)]
+            holders = near or area.holders
+            suppliers[stage] = holders[turn % len(holders)]
         return suppliers
 
     def _pieces(self, index: int, number: int, target: int) -> Iterator[View]:

@@ -10,11 +10,33 @@ from torch import Tensor
 
 from megachat.config import build_config
 from megachat.errors import ConfigError
-from megachat.generation.sampling import SampledTokens, Sampler, SamplingConfig
+from megachat.generation.sampling import (
+    GROUP_TOKENS,
+    History,
+    SampledTokens,
+    Sampler,
+    SamplingConfig,
+    VocabularySlice,
+    request_keys,
+)
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.layout import ParallelLayout
+from tests.harness import run_ranks
 
 VOCAB = 12
 LOGITS = torch.tensor([1.2, -0.4, 0.3, 2.1, -1.5, 0.0, 0.7, -0.2, 1.6, -2.2, 0.5, -0.9])
 DRAWS = 50_000
+WIDE = 700
+"""A vocabulary of five whole groups of tokens and a part of a sixth."""
+WIDE_CONFIGS = {
+    "plain": SamplingConfig(),
+    "greedy": SamplingConfig(temperature=0.0),
+    "top_k": SamplingConfig(temperature=0.8, top_k=40),
+    "large top_k": SamplingConfig(top_k=400),
+    "top_p": SamplingConfig(top_p=0.8),
+    "all": SamplingConfig(temperature=1.2, top_k=60, top_p=0.7, repetition_penalty=1.5),
+    "early": SamplingConfig(min_new_tokens=3, repetition_penalty=0.5, top_p=0.5),
+}
 
 
 def _sample(
@@ -69,16 +91,40 @@ def _expected(config: SamplingConfig) -> NDArray[np.float64]:
     ids=["plain", "cold", "hot", "top_k", "top_p", "all"],
 )
 def test_draws_follow_the_exact_distribution(config: SamplingConfig) -> None:
-    """Pearson's chi-square over 50,000 draws; tokens of probability zero never come."""
-    tokens = _sample(config, LOGITS.expand(DRAWS, VOCAB)).tokens
-    counts = np.bincount(tokens.numpy(), minlength=VOCAB)
-    expected = DRAWS * _expected(config)
+    """Tokens of probability zero never come, the others as often as they should."""
+    counts, expected = _counts(config, LOGITS), DRAWS * _expected(config)
+    assert not counts[expected == 0].any()
+    _assert_same_distribution(counts, expected)
+
+
+def test_draws_from_a_large_vocabulary_follow_the_exact_distribution() -> None:
+    """Several hundred tokens; those that are expected less than ten times count as one."""
+    logits = 2 * torch.randn(300, generator=torch.Generator().manual_seed(8))
+    expected = DRAWS * _softmax(logits.double().numpy())
+    counts, rare = _counts(SamplingConfig(), logits), expected < 10
+    assert 20 < rare.sum() < 200
+    _assert_same_distribution(
+        np.append(counts[~rare], counts[rare].sum()),
+        np.append(expected[~rare], expected[rare].sum()),
+    )
+
+
+def _counts(config: SamplingConfig, logits: Tensor) -> NDArray[np.int64]:
+    """How often each token comes in `DRAWS` draws, in pieces that fit a cache."""
+    rows = 500
+    tokens = [
+        _sample(config, logits.expand(rows, -1), seeds=list(range(first, first + rows))).tokens
+        for first in range(0, DRAWS, rows)
+    ]
+    return np.bincount(torch.cat(tokens).numpy(), minlength=len(logits))
+
+
+def _assert_same_distribution(counts: NDArray[np.int64], expected: NDArray[np.float64]) -> None:
+    """Pearson's chi-square: mean `freedom`, variance twice that; the draws are fixed by seeds."""
     possible = expected > 0
-    assert not counts[~possible].any()
     statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
     freedom = possible.sum() - 1
-    # Mean `freedom`, variance twice that; the seed is fixed.
-    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
 
 
 def test_log_probs_are_of_the_untruncated_distribution_at_the_temperature() -> None:
@@ -178,3 +224,144 @@ def test_impossible_settings_are_refused_in_one_line(
         build_config(SamplingConfig, values, source="run.toml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _wide_logits(rows: int, *, scale: float = 1.5) -> Tensor:
+    """Logits that differ between rows, with exact ties."""
+    generator = torch.Generator().manual_seed(8)
+    return (torch.randn(rows, WIDE, generator=generator) * scale).bfloat16().float()
+
+
+def _wide_samples(tensor: int) -> dict[str, SampledTokens]:
+    """What every rule chooses on this rank of a vocabulary cut over `tensor` ranks."""
+    group = ProcessGroups.create(ParallelLayout(tensor=tensor)).tensor
+    width = -(-WIDE // (GROUP_TOKENS * tensor)) * GROUP_TOKENS
+    start = group.rank() * width
+    logits = torch.full((90, width), torch.finfo(torch.float32).min)
+    size = max(0, min(WIDE - start, width))
+    logits[:, :size] = _wide_logits(90)[:, start : start + size]
+    history = History(
+        tokens=torch.randint(0, WIDE, (90, 20), generator=torch.Generator().manual_seed(1)),
+        lengths=torch.arange(90) % 20 + 1,
+    )
+    found = {}
+    for name, config in WIDE_CONFIGS.items():
+        sampler = Sampler(
+            config,
+            stop_ids=(3, 300, 600),
+            suppressed_ids=(1, 200, 699),
+            vocabulary=VocabularySlice(start=start, size=size, group=group),
+        )
+        found[name] = sampler.sample(
+            logits, keys=torch.arange(90), positions=torch.arange(90) % 5, history=history
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def wide_samples() -> dict[str, SampledTokens]:
+    """On one rank."""
+    return run_ranks(1, _wide_samples, 1)[0]
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_vocabulary_cut_over_ranks_gives_the_same_tokens(
+    tensor: int, wide_samples: dict[str, SampledTokens]
+) -> None:
+    """Also where a rank's slice is partly or, of four, wholly padding."""
+    for found in run_ranks(tensor, _wide_samples, tensor):
+        for name, expected in wide_samples.items():
+            assert torch.equal(found[name].tokens, expected.tokens), name
+            torch.testing.assert_close(found[name].logprobs, expected.logprobs, atol=1e-5, rtol=0)
+
+
+def test_wide_rows_keep_to_the_rules(wide_samples: dict[str, SampledTokens]) -> None:
+    logits = _wide_logits(90)
+    for name, sampled in wide_samples.items():
+        temperature = WIDE_CONFIGS[name].temperature or 1.0
+        expected = (logits / temperature).log_softmax(dim=1)
+        expected = expected.gather(1, sampled.tokens[:, None])[:, 0]
+        torch.testing.assert_close(sampled.logprobs, expected, atol=1e-5, rtol=0)
+        assert not set(sampled.tokens.tolist()) & {1, 200, 699}
+    assert torch.equal(
+        wide_samples["greedy"].tokens,
+        logits.index_fill(1, torch.tensor([1, 200, 699]), -torch.inf).argmax(dim=1),
+    )
+    early = wide_samples["early"].tokens[torch.arange(90) % 5 < 2]
+    assert not set(early.tolist()) & {3, 300, 600}
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(top_k=300, top_p=0.9)])
+def test_draws_over_several_groups_follow_the_exact_distribution(config: SamplingConfig) -> None:
+    """The race of groups and the race within one, over 50,000 draws of 700 tokens."""
+    logits = _wide_logits(1, scale=1.0)
+    parts = [
+        _sample(config, logits.expand(5000, WIDE), seeds=list(range(first, first + 5000))).tokens
+        for first in range(0, DRAWS, 5000)
+    ]
+    counts = np.bincount(torch.cat(parts).numpy(), minlength=WIDE)
+    probabilities = _softmax(logits[0].double().numpy())
+    if config.top_k:
+        order = np.argsort(-probabilities, kind="stable")
+        edge = probabilities[order[config.top_k - 1]]
+        probabilities = np.where(probabilities < edge, 0.0, probabilities)
+        masses = np.cumsum(probabilities[order[: config.top_k]])
+        last = int((masses < config.top_p * masses[-1]).sum())
+        probabilities = np.where(probabilities < probabilities[order[last]], 0.0, probabilities)
+        probabilities /= probabilities.sum()
+    expected = DRAWS * probabilities
+    possible = expected > 0
+    assert not counts[~possible].any()
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    freedom = possible.sum() - 1
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_positions_and_samples_have_random_streams_of_their_own() -> None:
+    keys = request_keys([7, 8], seed=3, num_samples=3)
+    assert len(set(keys.tolist())) == 6
+    assert torch.equal(keys[::3], request_keys([7, 8], seed=3))
+    logits = torch.zeros(40, WIDE)
+    first, second = (_sample(SamplingConfig(), logits, position=p).tokens for p in (0, 1))
+    assert (first == second).sum() < 4
+
+
+def test_a_repetition_penalty_makes_said_tokens_less_likely_in_the_choice_alone() -> None:
+    """Divides positive and multiplies negative logits, once however often a token was said."""
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
+    history = History(tokens=torch.tensor([[0, 2, 0, 0, 1]]), lengths=torch.tensor([4]))
+    config = SamplingConfig(temperature=0.0, repetition_penalty=2.0)
+    sampler = Sampler(config, stop_ids=(), suppressed_ids=())
+    arguments = {"keys": torch.tensor([0]), "positions": torch.tensor([0])}
+    sampled = sampler.sample(logits, **arguments, history=history)
+    assert sampled.tokens.tolist() == [1]  # 1.0, 1.5, -2.0, -1.2
+    torch.testing.assert_close(sampled.logprobs, logits.log_softmax(dim=1)[:, 1])
+    config = SamplingConfig(repetition_penalty=2.0)
+    sampler = Sampler(config, stop_ids=(), suppressed_ids=())
+    tokens = sampler.sample(
+        logits.expand(20_000, 4),
+        keys=torch.arange(20_000),
+        positions=torch.zeros(20_000, dtype=torch.int64),
+        history=History(
+            tokens=history.tokens.expand(20_000, 5), lengths=history.lengths.expand(20_000)
+        ),
+    ).tokens
+    shares = np.bincount(tokens.numpy(), minlength=4) / 20_000
+    np.testing.assert_allclose(shares, _softmax(np.array([1.0, 1.5, -2.0, -1.2])), atol=0.015)
+    with pytest.raises(ConfigError, match="repetition_penalty 2.0 needs the tokens so far"):
+        sampler.sample(logits, **arguments)
+
+
+def test_a_slice_that_does_not_start_at_a_group_is_refused() -> None:
+    run_ranks(1, _refuse_slice)
+
+
+def _refuse_slice() -> None:
+    group = ProcessGroups.create(ParallelLayout()).tensor
+    with pytest.raises(ConfigError, match="starts at 100, which is no multiple of 128"):
+        Sampler(
+            SamplingConfig(),
+            stop_ids=(),
+            suppressed_ids=(),
+            vocabulary=VocabularySlice(start=100, size=5, group=group),
+        )

@@ -66,7 +66,7 @@ def test_a_reshard_takes_the_planned_memory_and_gives_it_back() -> None:
             foreign = row.ledger.foreign_shard
             assert foreign > 10e6
             assert abs(row.gathered - foreign) <= 0.05 * foreign, (rank, row)
-            assert row.gathered <= row.peak <= 1.05 * row.ledger.growth, (rank, row)
+            assert row.peak <= 1.05 * row.ledger.growth, (rank, row)
             assert abs(row.left) <= 0.05 * foreign, (rank, row)
 
 

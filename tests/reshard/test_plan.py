@@ -6,12 +6,11 @@ from itertools import product
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megachat.errors import LayoutError
-from megachat.model.config import OPT_MODELS, Head, OptConfig, vocab_multiple_for
+from megachat.model.config import OPT_MODELS, Head, OptConfig
 from megachat.model.specs import TensorSpec, parameter_specs
-from megachat.parallel.layout import GenerationPlacement, ParallelLayout
+from megachat.parallel.layout import ParallelLayout
 from megachat.reshard import (
     HopOrder,
     NodeSpan,
@@ -22,52 +21,9 @@ from megachat.reshard import (
 )
 from megachat.reshard.plan import legal_degrees, total_traffic
 from tests.reshard import simulate
+from tests.reshard.plans import generation, layout, plans
 
 GIGABYTE = 1e9
-
-
-def _layout(tensor: int, pipeline: int, data: int) -> ParallelLayout:
-    return ParallelLayout(tensor=tensor, pipeline=pipeline, data=data)
-
-
-def _generation(source: ParallelLayout, tensor: int) -> ParallelLayout:
-    return ParallelLayout(tensor=tensor, data=source.world_size // tensor)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> tuple[ReshardPlan, tuple[TensorSpec, ...]]:
-    """Plans of tiny models for all kinds of layouts, nodes and buckets."""
-    tensor = draw(st.sampled_from([1, 2, 4]))
-    pipeline, data = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    source = _layout(tensor, pipeline, data)
-    degrees = [d for d in GenerationPlacement.legal_degrees(source) if 24 % d == 0]
-    degree = draw(st.sampled_from(degrees))
-    config = OptConfig(
-        vocab_size=draw(st.sampled_from([5, 130])),
-        max_positions=draw(st.integers(1, 3)),
-        hidden=24,
-        ffn=draw(st.sampled_from([24, 48])),
-        layers=pipeline * draw(st.integers(1, 2)),
-        heads=24,
-        embed_dim=draw(st.sampled_from([2, 24])),
-        layer_norm_first=draw(st.booleans()),
-    )
-    specs = parameter_specs(
-        config,
-        tensor=tensor,
-        head=draw(st.sampled_from(Head)),
-        vocab_multiple=vocab_multiple_for(tensor, degree),
-    )
-    plan = build_reshard_plan(
-        specs,
-        source=source,
-        target=_generation(source, degree),
-        ranks_per_node=draw(st.sampled_from([None, 1, 2, 4, source.world_size])),
-        node_span=NodeSpan.ALLOW,
-        element_bytes=draw(st.sampled_from([2, 4])),
-        bucket_bytes=draw(st.sampled_from([16, 200, 10_000])),
-    )
-    return plan, specs
 
 
 @settings(deadline=None, max_examples=60)
@@ -125,27 +81,10 @@ def test_redundancy_balance_and_staging_are_as_designed(
     assert max(sent) - min(sent) <= edges * unit * source.pipeline * plan.placement.tiles
 
 
-@settings(deadline=None, max_examples=60)
-@given(plans())
-def test_flat_buffers_of_a_rank_do_not_overlap(
-    case: tuple[ReshardPlan, tuple[TensorSpec, ...]],
-) -> None:
-    plan, _ = case
-    for rank in range(plan.source.world_size):
-        part = plan_rank(plan, rank)
-        end = 0
-        for flat in part.flats:
-            if flat.names:
-                assert flat.offset >= end
-                assert flat.padded_elements % (2 * plan.source.data) == 0
-                end = flat.offset + flat.padded_elements
-        assert end <= part.elements
-
-
 def test_redundancy_follows_the_formula_where_generation_is_cut_finer() -> None:
     config = OPT_MODELS["facebook/opt-66b"]
-    source = _layout(4, 4, 4)
-    plan = plan_for_model(config, source=source, target=_generation(source, 8), ranks_per_node=8)
+    source = layout(4, 4, 4)
+    plan = plan_for_model(config, source=source, target=generation(source, 8), ranks_per_node=8)
     matrices = 2 * 12 * config.hidden**2 * config.layers
     middle = plan_rank(plan, source.ranks_along(axis="pipeline", rank=0)[1]).traffic  # type: ignore[arg-type]
     formula = matrices / 16 - matrices / 32
@@ -172,11 +111,11 @@ def test_bytes_of_the_large_models_are_those_of_the_formula(
     inter_node: float,
 ) -> None:
     """Matrix products only in the formula: embeddings, biases and norms add up to 2.5 %."""
-    source = _layout(*train)
+    source = layout(*train)
     plan = plan_for_model(
         OPT_MODELS[f"facebook/opt-{name}"],
         source=source,
-        target=_generation(source, generate),
+        target=generation(source, generate),
         ranks_per_node=8,
     )
     assert plan.order is order
@@ -193,7 +132,7 @@ def _layouts_of(config: OptConfig, world: int) -> list[tuple[ParallelLayout, int
     for tensor, pipeline in product((8, 4, 2, 1), (8, 4, 2, 1)):
         if world % (tensor * pipeline) or config.layers % pipeline or config.heads % tensor:
             continue
-        source = _layout(tensor, pipeline, world // (tensor * pipeline))
+        source = layout(tensor, pipeline, world // (tensor * pipeline))
         for degree in (8, 4, 2, 1):
             if world % degree or config.heads % degree or config.ffn % degree:
                 continue
@@ -209,7 +148,7 @@ def test_all_sizes_are_legal_and_meet_the_bound(name: str, world: int) -> None:
     layouts = _layouts_of(config, world)
     assert len(layouts) >= 4
     for source, degree in layouts:
-        target = _generation(source, degree)
+        target = generation(source, degree)
         plan = plan_for_model(config, source=source, target=target, ranks_per_node=8)
         for rank in (0, world - 1):
             traffic = plan_rank(plan, rank).traffic
@@ -218,39 +157,23 @@ def test_all_sizes_are_legal_and_meet_the_bound(name: str, world: int) -> None:
 
 
 def test_one_rank_of_the_largest_model_is_planned_in_less_than_a_second() -> None:
-    source = _layout(8, 8, 1)
+    source = layout(8, 8, 1)
     start = time.process_time()
     plan = plan_for_model(
-        OPT_MODELS["facebook/opt-175b"], source=source, target=_generation(source, 4)
+        OPT_MODELS["facebook/opt-175b"], source=source, target=generation(source, 4)
     )
     plan_rank(plan, 63)
     assert time.process_time() - start < 1.0
 
 
-def test_the_tied_embedding_is_not_sent_to_the_stage_that_holds_a_copy() -> None:
-    source = _layout(2, 4, 1)
-    plan = plan_for_model(
-        OPT_MODELS["facebook/opt-125m"], source=source, target=_generation(source, 2)
-    )
-    words = [
-        len(step.transfers[0].receives)  # type: ignore[union-attr]
-        for rank in source.ranks_along(axis="pipeline", rank=0)  # type: ignore[arg-type]
-        for step in plan_rank(plan, rank).steps
-        if step.block == "embedding.word.weight"
-    ]
-    assert words == [0, 1, 1, 0]
-
-
 def test_a_degree_that_does_not_nest_is_refused_with_the_nearest_legal_ones() -> None:
-    source = _layout(4, 1, 3)
+    source = layout(4, 1, 3)
     with pytest.raises(LayoutError, match=r"degree 3 neither .* tensor degree 4 .*: 2 or 4"):
-        plan_for_model(
-            OPT_MODELS["facebook/opt-125m"], source=source, target=_generation(source, 3)
-        )
+        plan_for_model(OPT_MODELS["facebook/opt-125m"], source=source, target=generation(source, 3))
 
 
 def test_a_degree_that_cuts_a_parameter_unevenly_is_refused_with_the_cure() -> None:
-    source = _layout(1, 1, 4)
+    source = layout(1, 1, 4)
     specs = parameter_specs(
         OptConfig(vocab_size=130, hidden=24, ffn=24, layers=1, heads=4, embed_dim=24),
         tensor=1,
@@ -260,7 +183,7 @@ def test_a_degree_that_cuts_a_parameter_unevenly_is_refused_with_the_cure() -> N
     assert legal_degrees(specs, source=source) == (1, 2, 4)
     odd = [spec if spec.name != "layers.0.fc1.bias" else _with_rows(spec, 25) for spec in specs]
     with pytest.raises(LayoutError, match=r"degree 4 does not divide layers.0.fc1.bias of size 25"):
-        build_reshard_plan(odd, source=source, target=_generation(source, 4))
+        build_reshard_plan(odd, source=source, target=generation(source, 4))
 
 
 def _with_rows(spec: TensorSpec, rows: int) -> TensorSpec:
@@ -276,13 +199,13 @@ def _with_rows(spec: TensorSpec, rows: int) -> TensorSpec:
 
 
 def test_a_generation_group_across_nodes_is_refused_unless_allowed() -> None:
-    source, config = _layout(2, 2, 2), OPT_MODELS["facebook/opt-125m"]
+    source, config = layout(2, 2, 2), OPT_MODELS["facebook/opt-125m"]
     with pytest.raises(LayoutError, match=r"degree 4 spans nodes: ranks \(0, 2, 1, 3\) with 2"):
-        plan_for_model(config, source=source, target=_generation(source, 4), ranks_per_node=2)
+        plan_for_model(config, source=source, target=generation(source, 4), ranks_per_node=2)
     plan_for_model(
         config,
         source=source,
-        target=_generation(source, 4),
+        target=generation(source, 4),
         ranks_per_node=2,
         node_span=NodeSpan.ALLOW,
     )
@@ -299,11 +222,4 @@ def test_a_generation_layout_of_another_kind_is_refused(
     target: ParallelLayout, message: str
 ) -> None:
     with pytest.raises(LayoutError, match=message):
-        plan_for_model(OPT_MODELS["facebook/opt-125m"], source=_layout(2, 2, 2), target=target)
-
-
-def test_layers_that_stages_cannot_share_are_refused() -> None:
-    source = _layout(1, 5, 1)
-    specs = parameter_specs(OPT_MODELS["facebook/opt-125m"], tensor=1, head=Head.LANGUAGE_MODEL)
-    with pytest.raises(LayoutError, match="12 layers are not a multiple of pipeline degree 5"):
-        build_reshard_plan(specs, source=source, target=_generation(source, 1))
+        plan_for_model(OPT_MODELS["facebook/opt-125m"], source=layout(2, 2, 2), target=target)

@@ -21,8 +21,8 @@ def _role(*, layout: ParallelLayout, vocab_size: int = 131) -> Any:
 
 
 def _engine(**changed: Any) -> RLHFEngine:
-    roles = {name: _role(layout=ParallelLayout(tensor=2, data=2)) for name in ROLES}
-    return RLHFEngine(**{**roles, **changed}, generator=SimpleNamespace())
+    roles = {name: _role(layout=ParallelLayout(tensor=2, data=2)) for name in ROLES} | changed
+    return RLHFEngine(**roles | {"actor": SimpleNamespace(training=roles["actor"])})
 
 
 def test_every_role_may_have_its_own_layout_of_the_whole_job() -> None:

@@ -37,10 +37,18 @@ class Step:
     """By model, the parts that this rank holds afterwards."""
 
 
-def _step(actor: ParallelLayout, reward: ParallelLayout) -> tuple[Step, Step]:
+def _step(
+    actor: ParallelLayout, reward: ParallelLayout, generation_tensor: int
+) -> tuple[Step, Step]:
     """Two whole PPO steps of two epochs of two mini-batches, the reference another model."""
     config = PpoConfig(reward={"normalization": "running"})
-    trainer = tiny.trainer(config, actor=actor, reward=reward, reference_seed=9)
+    trainer = tiny.trainer(
+        config,
+        actor=actor,
+        reward=reward,
+        reference_seed=9,
+        generation_tensor=generation_tensor,
+    )
     steps = []
     for first_id in (100, 200):
         experience = trainer.generate_experience(tiny.prompts(LENGTHS, first_id=first_id))
@@ -73,31 +81,35 @@ def _assert_same_step(found: Step, expected: Step, *, tolerance: float) -> None:
     for role, parts in found.weights.items():
         for name, (where, part) in parts.items():
             whole = expected.weights[role][name][1]
-            torch.testing.assert_close(
-                part, whole[where], atol=tolerance, rtol=tolerance, msg=f"{role} {name}"
-            )
+            gap = (part - whole[where]).abs().max().item()
+            assert gap <= tolerance / 10, f"{role} {name}"
 
 
 @pytest.fixture(scope="module")
 def single() -> tuple[Step, Step]:
     """The two steps in a single process."""
     layout = ParallelLayout()
-    return run_ranks(1, _step, layout, layout)[0]
+    return run_ranks(1, _step, layout, layout, 1)[0]
 
 
 @pytest.mark.parametrize(
-    ("actor", "reward"),
+    ("actor", "reward", "generation_tensor"),
     [
-        (ParallelLayout(tensor=2), ParallelLayout(data=2)),
-        (ParallelLayout(tensor=2, data=2), ParallelLayout(pipeline=2, data=2)),
+        (ParallelLayout(tensor=2), ParallelLayout(data=2), 2),
+        (ParallelLayout(tensor=2), ParallelLayout(data=2), 1),
+        (ParallelLayout(tensor=2, data=2), ParallelLayout(pipeline=2, data=2), 2),
+        (ParallelLayout(tensor=2, pipeline=2), ParallelLayout(data=4), 2),
     ],
     ids=str,
 )
 def test_roles_under_layouts_of_their_own_make_the_step_of_a_single_process(
-    actor: ParallelLayout, reward: ParallelLayout, single: tuple[Step, Step]
+    actor: ParallelLayout,
+    reward: ParallelLayout,
+    generation_tensor: int,
+    single: tuple[Step, Step],
 ) -> None:
     """Experience, statistics, losses and the weights after eight updates."""
-    ranks = run_ranks(actor.world_size, _step, actor, reward)
+    ranks = run_ranks(actor.world_size, _step, actor, reward, generation_tensor)
     for steps in ranks:
         for found, expected in zip(steps, single, strict=True):
             _assert_same_step(found, expected, tolerance=1e-5)
@@ -183,11 +195,12 @@ def test_f10_and_f12_no_row_is_dropped_and_targets_are_computed_once() -> None:
 def _check_minibatches() -> None:
     """Each epoch is a new order of the same rows, answers of a single token included."""
     trainer = tiny.trainer(PpoConfig(**RAW, epochs=3, minibatches=4))
-    experience = trainer.generate_experience(tiny.prompts(LENGTHS))
-    assert experience.num_rows == len(LENGTHS)
+    lengths = LENGTHS * 3
+    experience = trainer.generate_experience(tiny.prompts(lengths))
+    assert experience.num_rows == len(lengths)
     assert int(experience.response_mask.sum(dim=1).min()) == 1
     parts = list(trainer.minibatches(experience))
-    assert [part.num_rows for part in parts] == [3] * 12
+    assert [part.num_rows for part in parts] == [9] * 12
     for part in parts:
         trainer.train_rlhf(part)  # nothing that training does changes the targets of later parts
     orders = []
@@ -197,7 +210,7 @@ def _check_minibatches() -> None:
             for name in tiny.fields_of(experience)
         }
         order = [experience.scores.tolist().index(score) for score in gathered["scores"].tolist()]
-        assert sorted(order) == list(range(len(LENGTHS)))
+        assert sorted(order) == list(range(len(lengths)))
         for name, tensor in tiny.fields_of(experience).items():
             assert torch.equal(gathered[name], tensor[order]), name
         orders.append(order)
@@ -348,7 +361,8 @@ def _check_measure() -> None:
 
 
 def test_the_phases_of_a_step_are_timed() -> None:
-    assert run_ranks(1, _phases) == [["generate", "score", "train actor", "train critic"]]
+    phases = ["reshard", "generate", "score", "train actor", "train critic"]
+    assert run_ranks(1, _phases) == [phases]
 
 
 def _phases() -> list[str]:
@@ -395,5 +409,5 @@ def test_ppo_learns_what_the_reward_model_likes() -> None:
     shares, scores, kl = run_ranks(1, _learn)[0]
     assert 0.1 < shares[0] < 0.3
     assert sum(shares[-5:]) / 5 > 0.7
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.3
+    assert sum(scores[-5:]) / 5 > scores[0] + 0.2
     assert 0 < kl < math.log(150)

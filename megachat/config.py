@@ -24,9 +24,19 @@ ModelT = TypeVar("ModelT", bound="ConfigModel")
 
 
 class ConfigModel(BaseModel):
-    """Base of every configuration class: frozen, strict types, unknown keys refused."""
+    """Base of every configuration class: frozen, strict types, unknown keys refused.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    Infinity is a value like any other ("no bound"); it is written as `Infinity`, where pydantic's
+    default `null` could not be read back.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+    )
 
 
 def load_config(

@@ -38,7 +38,7 @@ class GenerationConfig(ConfigModel):
         description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
         "stays untouched.",
     )
-    block_size: int = Field(default=32, ge=1, description="Tokens in a block of the cache.")
+    block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
     max_sequences: int = Field(default=256, ge=1, description="Answers in work at once per rank.")
     prefill_tokens: int = Field(
         default=4096, ge=1, description="Prompt tokens that one step computes at most."

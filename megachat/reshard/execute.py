@@ -1,7 +1,8 @@
 """The one place that runs a reshard plan: transfers in the order of the layers, in place.
 
-Two steps are in flight at a time, so that the next block is on its way while one lands. Nothing is
-sent on the way back: `WeightArena.release` gives the foreign part of the memory back.
+Small blocks are in flight together, up to one bucket of bytes or two blocks, so that the next ones
+are on their way while one lands. Nothing is sent on the way back: `WeightArena.release` gives the
+foreign part of the memory back.
 """
 
 import time
@@ -17,8 +18,6 @@ from megachat.parallel.collectives import PendingTransfer, start_exchange, start
 from megachat.parallel.groups import GenerationGroups
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.records import Exchange, Gather, Scope, Step, View
-
-_STEPS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +79,19 @@ class Resharder:
         if self._arena.is_current:
             return
         in_flight: deque[tuple[Step, list[PendingTransfer]]] = deque()
+        on_the_way = 0
         for step in self._arena.part.steps:
-            in_flight.append((step, self._start(step)))
-            if len(in_flight) == _STEPS_IN_FLIGHT:
-                yield _landed(*in_flight.popleft())
-        while in_flight:
-            yield _landed(*in_flight.popleft())
+            pending = self._start(step)
+            in_flight.append((step, pending))
+            on_the_way += _bytes(pending)
+            while len(in_flight) > 1 and on_the_way > self._arena.plan.bucket_bytes:
+                landed, pending = in_flight.popleft()
+                _wait(pending)
+                on_the_way -= _bytes(pending)
+                yield landed
+        for landed, pending in in_flight:
+            _wait(pending)
+            yield landed
         self._arena.mark_gathered()
 
     def _start(self, step: Step) -> list[PendingTransfer]:
@@ -135,9 +141,8 @@ class Resharder:
         return self._tensors[view]
 
 
-def _landed(step: Step, pending: list[PendingTransfer]) -> Step:
-    _wait(pending)
-    return step
+def _bytes(pending: list[PendingTransfer]) -> int:
+    return sum(transfer.received_bytes for transfer in pending)
 
 
 def _wait(pending: list[PendingTransfer]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megachat.errors import ConfigError
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
+from megachat.training import zero1
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.zero1 import Zero1Optimizer
 from tests.harness import run_ranks
@@ -54,8 +55,11 @@ def _optimizer(model: _Model, config: OptimizerConfig = CONFIG) -> Zero1Optimize
     return Zero1Optimizer(model, groups=groups, config=config, decayed={"matrix", "other"})
 
 
-def _three_steps(config: OptimizerConfig) -> tuple[list[float], list[Tensor], int]:
+def _three_steps(
+    config: OptimizerConfig, bucket_elements: int = 2**26
+) -> tuple[list[float], list[Tensor], int]:
     """Norms, final weights, and the number of state elements on this rank."""
+    vars(zero1)["_BUCKET_ELEMENTS"] = bucket_elements
     model = _Model()
     optimizer = _optimizer(model, config)
     norms = []
@@ -94,15 +98,18 @@ def _expected_steps(world_size: int, config: OptimizerConfig) -> tuple[list[floa
     return norms, list(model.parameters())
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+@pytest.mark.parametrize(
+    ("world_size", "clip_norm", "bucket_elements"),
+    [(1, 1.0, 100), (3, 1.0, 100), (3, 0.0, 100), (3, 1.0, 12)],
+)
 def test_steps_equal_adamw_on_the_sum_of_the_ranks_gradients(
-    world_size: int, clip_norm: float
+    world_size: int, clip_norm: float, bucket_elements: int
 ) -> None:
+    """Also where the gradients take several buckets, smaller than a parameter."""
     config = CONFIG.model_copy(update={"clip_norm": clip_norm})
     expected_norms, expected = _expected_steps(world_size, config)
     assert min(expected_norms) < 1.0 < max(expected_norms)
-    for norms, weights, _ in run_ranks(world_size, _three_steps, config):
+    for norms, weights, _ in run_ranks(world_size, _three_steps, config, bucket_elements):
         assert norms == pytest.approx(expected_norms, rel=1e-6)
         for found, wanted in zip(weights, expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)

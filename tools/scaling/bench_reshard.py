@@ -130,6 +130,8 @@ class Method:
     """Fetches once; returns the bytes that this rank received."""
     reset: Callable[[], None] = lambda: None
     """Goes back to training, outside of the time that is measured."""
+    target: OptModel | None = None
+    """The second model, of a method that needs one."""
 
 
 def megachat_reshard(job: Job) -> Method:
@@ -178,14 +180,15 @@ def megatron_swap(job: Job) -> Method:
             self._sends.clear()
             self._receives.clear()
 
-    source, target = _as_megatron(job.model), _as_megatron(job.second_model())
+    second = job.second_model()
+    source, target = _as_megatron(job.model), _as_megatron(second)
     service = CpuCopyService()
 
     def run() -> int:
         refit.swap_model_weights(source, target, service)
         return service.received
 
-    return Method(run=run)
+    return Method(run=run, target=second)
 
 
 def _as_megatron(model: OptModel) -> nn.Module:
@@ -223,7 +226,7 @@ def full_gather(job: Job) -> Method:
             sinks[spec.name].copy_(whole[target.local_slices(spec)])
         return received
 
-    return Method(run=run)
+    return Method(run=run, target=target)
 
 
 def _first_holders(job: Job) -> dict[str, int]:
@@ -284,7 +287,7 @@ METHODS: dict[str, Callable[[Job], Method]] = {
 
 def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     """Measures on one rank; the first one writes the results."""
-    job = _build_job(worker, settings)
+    job = build_job(worker, settings)
     bound = job.arena.part.traffic.lower_bound
     methods: dict[str, Method] = {}
     received: dict[str, int] = {}
@@ -329,7 +332,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
 
-def _build_job(worker: Worker, settings: Settings) -> Job:
+def build_job(worker: Worker, settings: Settings) -> Job:
     """A model of random weights in its arena."""
     groups = ProcessGroups.create(settings.source)
     dtype = DTYPES[settings.dtype]

@@ -27,7 +27,7 @@ REGISTRY_HOSTS = re.compile(
 """Package registries: packages are named, and each machine knows where it gets them."""
 
 TESTED_ELSEWHERE: Mapping[str, str] = {
-    "megachat/errors.py": "names only; every other test module raises them",
+    "tools/scaling/bench_reshard.py": "a benchmark of the reshard: tests/reshard/test_benchmark.py",
 }
 """Modules without a test module of their own, and why."""
 

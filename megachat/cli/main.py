@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megachat.cli.plan import plan
 from megachat.cli.presets import DeploymentType
 from megachat.errors import MegachatError
 
@@ -162,6 +163,8 @@ def _errors_in_one_line() -> Iterator[None]:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(EXIT_CODE) from None
 
+
+app.command()(_errors_in_one_line()(plan))
 
 if __name__ == "__main__":
     main()

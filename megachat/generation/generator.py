@@ -44,7 +44,9 @@ class GenerationConfig(ConfigModel):
         default=4096, ge=1, description="Prompt tokens that one step computes at most."
     )
     backend: Backend = Field(
-        default=Backend.REFERENCE, description="Who computes the operations of a step."
+        default=Backend.REFERENCE,
+        strict=False,
+        description="Who computes the operations of a step.",
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megachat.errors import CapacityError, ConfigError
 from megachat.generation.scheduler import Schedule
 from megachat.model.config import OptConfig
-from megachat.parallel.memory import AddressStableBuffer
+from megachat.parallel.memory import PhaseMemory, phase_memory
 
 
 def block_bytes(config: OptConfig, *, tensor: int, block_size: int, dtype: torch.dtype) -> int:
@@ -23,9 +23,9 @@ def block_bytes(config: OptConfig, *, tensor: int, block_size: int, dtype: torch
 class PagedKvCache:
     """A pool of blocks, and on the device which blocks each slot uses and how far.
 
-    The pool keeps its address for good; its memory appears as blocks are first written and goes
-    with `release`. The tables are on the device, so that a recorded step can be replayed for other
-    sequences and positions.
+    On the CPU the pool keeps its address for good, and its memory appears as blocks are first
+    written; on other devices `acquire` allocates it. It goes with `release`. The tables are on the
+    device, so that a recorded step can be replayed for other sequences and positions.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class PagedKvCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: PhaseMemory | None = None,
     ) -> None:
-        """Reserves the pool.
+        """Reserves the pool; takes no memory for it.
 
         Args:
             config: The model.
@@ -49,6 +50,7 @@ class PagedKvCache:
             max_sequences: Number of slots.
             dtype: Of keys and values.
             device: Where the pool is.
+            memory: At least the pool's bytes, for nothing else; None chooses by the device.
 
         Raises:
             ConfigError: The block size is below 1.
@@ -65,7 +67,9 @@ class PagedKvCache:
                 f"a key-value cache of {num_bytes} bytes cannot hold one block of {block_size} "
                 f"tokens, {size} bytes: give it more memory"
             )
-        self._buffer = AddressStableBuffer(self.num_blocks * size, device)
+        if memory is None:
+            memory = phase_memory(self.num_blocks * size, device)
+        self._memory = memory
         shape = (
             config.layers,
             2,
@@ -74,8 +78,10 @@ class PagedKvCache:
             config.heads // tensor,
             config.head_dim,
         )
-        flat = self._buffer.tensor()[: self.num_blocks * size].view(dtype)
+        memory.acquire()  # views are made once, while there is memory behind them
+        flat = memory.tensor()[: self.num_blocks * size].view(dtype)
         self.pool = flat.view(shape)
+        memory.release()
         columns = -(-config.max_positions // block_size)
         self.tables = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
         """[max_sequences, columns] int32, block of each stretch of a slot's sequence."""
@@ -90,11 +96,15 @@ class PagedKvCache:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the pool that take physical memory now."""
-        return self._buffer.resident_bytes()
+        return self._memory.resident_bytes()
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each `[blocks, block_size, heads/tp, head_dim]`."""
         return self.pool[number, 0], self.pool[number, 1]
+
+    def acquire(self) -> None:
+        """Makes the pool usable; does nothing if it is."""
+        self._memory.acquire()
 
     def apply(self, schedule: Schedule) -> None:
         """Copies blocks, fills tables and sets lengths as a step's schedule says."""
@@ -128,6 +138,6 @@ class PagedKvCache:
         return blocks * self.block_size + positions % self.block_size
 
     def release(self) -> None:
-        """Returns the pool's memory; every sequence is lost, addresses stay."""
-        self._buffer.release()
+        """Returns the memory of the pool; every sequence is lost, addresses stay."""
+        self._memory.release()
         self.lengths.zero_()

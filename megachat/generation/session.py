@@ -158,6 +158,7 @@ class DecodeSession:
                     max_new_tokens=self._max_new_tokens,
                 )
             )
+        self._cache.acquire()
         try:
             while not self._scheduler.is_done:
                 yield self._step()

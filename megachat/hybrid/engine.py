@@ -22,7 +22,7 @@ from megachat.generation.weights import (
 from megachat.model.config import OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import GenerationGroups
-from megachat.parallel.layout import ParallelLayout
+from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder, ReshardReport
 from megachat.reshard.plan import plan_for_model
@@ -85,10 +85,11 @@ class HybridEngine:
         """
         layout, dtype = model.groups.layout, model.options.dtype
         device = next(model.parameters()).device
+        placement = GenerationPlacement(source=layout, tensor=settings.generation_tensor)
         plan = plan_for_model(
             model.config,
             source=layout,
-            target=ParallelLayout.for_world(layout.world_size, tensor=settings.generation_tensor),
+            target=ParallelLayout(tensor=placement.tensor, data=placement.replicas),
             ranks_per_node=settings.ranks_per_node,
             element_bytes=dtype.itemsize,
         )

@@ -7,6 +7,7 @@ behind it come and go.
 
 import ctypes
 import mmap
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,58 @@ PAGE_BYTES = mmap.PAGESIZE
 
 _MAP_NORESERVE = 0x4000
 """Linux's flag (Python names it from 3.13 on): no swap space is set aside for the range."""
+
+
+class PhaseMemory(Protocol):
+    """Memory that one phase of a run has and the next one does not."""
+
+    def tensor(self) -> Tensor:
+        """All of it, `[num_bytes]` uint8; views stay valid, their content ends with `release`."""
+
+    def acquire(self) -> None:
+        """Makes it usable; does nothing if it is."""
+
+    def release(self) -> None:
+        """Gives it back."""
+
+    def resident_bytes(self) -> int:
+        """Bytes that are taken now."""
+
+
+def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
+    """The kind of memory that suits a device; nothing is taken yet."""
+    if device.type == "cpu":
+        return AddressStableBuffer(num_bytes, device)
+    return ReallocatedBuffer(num_bytes, device)
+
+
+class ReallocatedBuffer:
+    """Ordinary memory of any device, freed between phases while the views of it stay valid.
+
+    It may come back at another address, so nothing that recorded an address outlives a phase.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        """Allocates, to learn at once whether it fits, and gives the memory back."""
+        self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.release()
+
+    def tensor(self) -> Tensor:
+        """The whole buffer, `[num_bytes]` uint8."""
+        return self._bytes
+
+    def acquire(self) -> None:
+        """Allocates; what is in the memory is undefined."""
+        if not self.resident_bytes():
+            self._bytes.untyped_storage().resize_(self._bytes.nbytes)
+
+    def release(self) -> None:
+        """Frees the memory."""
+        self._bytes.untyped_storage().resize_(0)
+
+    def resident_bytes(self) -> int:
+        """Size of the allocation."""
+        return self._bytes.untyped_storage().nbytes()
 
 
 class AddressStableBuffer:
@@ -68,6 +121,9 @@ class AddressStableBuffer:
     def tensor(self) -> Tensor:
         """The whole buffer, `[num_bytes]` uint8; views of it stay valid for good."""
         return self._bytes
+
+    def acquire(self) -> None:
+        """Does nothing: a page comes when it is written."""
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Gives the pages that lie wholly within a range of bytes back; they read as zero then.

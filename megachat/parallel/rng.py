@@ -13,7 +13,7 @@ import torch
 def seed_for(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part and its position, equal on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -1,13 +1,13 @@
 """The one place that runs a reshard plan: transfers in the order of the layers, in place.
 
-Small blocks are in flight together, up to one bucket of bytes or two blocks, so that the next ones
-are on their way while one lands. Nothing is sent on the way back: `WeightArena.release` gives the
-foreign part of the memory back.
+Blocks are in flight together, about one bucket of bytes of them, so that the next ones are on their
+way while one lands. Nothing is sent on the way back: `WeightArena.release` gives the foreign part
+of the memory back.
 """
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -78,28 +78,34 @@ class Resharder:
         """
         if self._arena.is_current:
             return
-        in_flight: deque[tuple[Step, list[PendingTransfer]]] = deque()
-        on_the_way = 0
+        in_flight: deque[_InFlight] = deque()
         for step in self._arena.part.steps:
-            pending = self._start(step)
-            in_flight.append((step, pending))
-            on_the_way += _bytes(pending)
-            while len(in_flight) > 1 and on_the_way > self._arena.plan.bucket_bytes:
-                landed, pending = in_flight.popleft()
-                _wait(pending)
-                on_the_way -= _bytes(pending)
-                yield landed
-        for landed, pending in in_flight:
-            _wait(pending)
-            yield landed
+            while in_flight and not self._fits(in_flight, step):
+                yield in_flight.popleft().land()
+            in_flight.append(self._start(step))
+            self._received += in_flight[-1].received_bytes
+            self._staged = max(self._staged, sum(item.staged_bytes for item in in_flight))
+        while in_flight:
+            yield in_flight.popleft().land()
         self._arena.mark_gathered()
 
-    def _start(self, step: Step) -> list[PendingTransfer]:
+    def _fits(self, in_flight: Collection["_InFlight"], step: Step) -> bool:
+        """Whether a step may start: at most a bucket is staged, and about a bucket on its way."""
+        limit = self._arena.plan.bucket_bytes
+        staged = sum(item.staged_bytes for item in in_flight) + self._staged_bytes(step)
+        return staged <= limit and sum(item.received_bytes for item in in_flight) <= limit
+
+    def _staged_bytes(self, step: Step) -> int:
+        """What the transfers of a step pack: one at a time, so the largest counts."""
+        return step.staged_elements * self._arena.plan.element_bytes
+
+    def _start(self, step: Step) -> "_InFlight":
         """Starts the transfers of a step; each waits for the one before, which it may forward.
 
-        Transfers of the same scope that touch different slots do not depend on each other.
+        Gathers of one scope touch different slots and do not depend on each other.
         """
         pending: list[PendingTransfer] = []
+        received = 0
         scope: Scope | None = None
         for transfer in step.transfers:
             kind = transfer.scope if isinstance(transfer, Gather) else None
@@ -107,32 +113,26 @@ class Resharder:
                 _wait(pending)
                 pending = []
             scope = kind
-            started = self._begin(transfer)
-            self._received += started.received_bytes
-            pending.append(started)
-        return pending
+            pending.append(self._begin(transfer))
+            received += pending[-1].received_bytes
+        return _InFlight(
+            step=step,
+            pending=pending,
+            received_bytes=received,
+            staged_bytes=self._staged_bytes(step),
+        )
 
     def _begin(self, transfer: Gather | Exchange) -> PendingTransfer:
         if isinstance(transfer, Gather):
             slots = [self._tensor(view) for view in transfer.slots]
             return start_gather(slots, self._scopes[transfer.scope])
-        packed = {view: self._tensor(view).contiguous() for view in transfer.packed_views}
-        self._staged = max(self._staged, sum(tensor.nbytes for tensor in packed.values()))
-        started = start_exchange(
-            sends=[
-                (
-                    piece.stage,
-                    packed[piece.view] if piece.view in packed else self._tensor(piece.view),
-                )
-                for piece in transfer.sends
-            ],
+        outgoing = {piece.view: self._tensor(piece.view) for piece in transfer.sends}
+        outgoing |= {view: outgoing[view].contiguous() for view in transfer.packed_views}
+        return start_exchange(
+            sends=[(piece.stage, outgoing[piece.view]) for piece in transfer.sends],
             receives=[(piece.stage, self._tensor(piece.view)) for piece in transfer.receives],
             group=self._scopes[Scope.PIPELINE],
         )
-        if packed:  # so that no second bucket is packed meanwhile
-            started.wait()
-            return PendingTransfer(works=(), received_bytes=started.received_bytes)
-        return started
 
     def _tensor(self, view: View) -> Tensor:
         """The tensor of a view, made once: a phase change has thousands."""
@@ -141,8 +141,19 @@ class Resharder:
         return self._tensors[view]
 
 
-def _bytes(pending: list[PendingTransfer]) -> int:
-    return sum(transfer.received_bytes for transfer in pending)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _InFlight:
+    """A step whose last transfers have been started."""
+
+    step: Step
+    pending: list[PendingTransfer]
+    received_bytes: int
+    staged_bytes: int
+
+    def land(self) -> Step:
+        """Waits until its weights are here."""
+        _wait(self.pending)
+        return self.step
 
 
 def _wait(pending: list[PendingTransfer]) -> None:

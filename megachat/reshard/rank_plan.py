@@ -247,7 +247,7 @@ class _RankPlanner:
     # Bytes ----------------------------------------------------------------------------------------
 
     def _traffic(self, steps: Sequence[Step]) -> Traffic:
-        received = inter_node = sent = staged = 0
+        received = inter_node = sent = 0
         for transfer in (transfer for step in steps for transfer in step.transfers):
             if isinstance(transfer, Gather):
                 ranks = self._ranks(transfer.scope)
@@ -256,7 +256,6 @@ class _RankPlanner:
             else:
                 ranks = tuple(self.pipeline_ranks[piece.stage] for piece in transfer.receives)
                 sent += sum(piece.view.elements for piece in transfer.sends)
-                staged = max(staged, transfer.staged_elements)
                 sizes = [piece.view.elements for piece in transfer.receives]
             for rank, size in zip(ranks, sizes, strict=True):
                 received += size if rank != self.rank else 0
@@ -269,9 +268,14 @@ class _RankPlanner:
             sent=sent * unit,
             lower_bound=(shard - kept) * unit,
             redundant=redundant * unit,
-            staged=staged * unit,
+            staged=self._staged_bytes(steps),
             shard=shard * unit,
         )
+
+    def _staged_bytes(self, steps: Sequence[Step]) -> int:
+        """Everything that is packed, up to a bucket (a single row may exceed a tiny bucket)."""
+        staged = [step.staged_elements * self.plan.element_bytes for step in steps]
+        return min(sum(staged), max(self.plan.bucket_bytes, *staged))
 
     def _ranks(self, scope: Scope) -> tuple[int, ...]:
         if scope is Scope.PIPELINE:

@@ -101,6 +101,12 @@ class Step:
     """Position within each stage of the layer that is complete after the layer's last step."""
     transfers: tuple[Gather | Exchange, ...]
 
+    @property
+    def staged_elements(self) -> int:
+        """Most elements that one of its transfers packs outside the arena."""
+        exchanges = (item for item in self.transfers if isinstance(item, Exchange))
+        return max((exchange.staged_elements for exchange in exchanges), default=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flat:
@@ -138,7 +144,7 @@ class Traffic:
     redundant: int
     """Of the training shard, outside the generation shard."""
     staged: int
-    """Most that one transfer packs outside the arena."""
+    """Most that is packed outside the arena at any time."""
     shard: int
     """Generation shard."""
 

@@ -30,6 +30,8 @@ class Case:
     width: int = max(LENGTHS)
     """Columns of the prompt batch."""
     seed: int = SEED
+    first_id: int = 1000
+    """Identity of the first prompt; the others follow."""
     stop_ids: Sequence[int] = STOPS
     suppressed_ids: Sequence[int] = field(default=(1,))
 
@@ -41,7 +43,7 @@ def prompts(config: OptConfig, case: Case) -> PromptBatch:
         generator = torch.Generator().manual_seed(row)
         rows[row, :length] = torch.randint(0, config.vocab_size, (length,), generator=generator)
         rows[row, length // 2] = (config.pad_id, config.eos_id)[row % 2]
-    ids = 1000 + torch.arange(len(LENGTHS))
+    ids = case.first_id + torch.arange(len(LENGTHS))
     batch = PromptBatch(tokens=rows, lengths=torch.tensor(LENGTHS), ids=ids)
     return batch.select(torch.tensor(case.rows))
 

@@ -31,6 +31,7 @@ CASES = {
     "sampled": SAMPLED,
     "again": SAMPLED,
     "other seed": replace(SAMPLED, seed=12),
+    "other ids": replace(SAMPLED, first_id=2000),
     "some": replace(SAMPLED, rows=(4, 1)),
     "one": replace(SAMPLED, rows=(2,)),
     "reversed": replace(SAMPLED, rows=tuple(reversed(SAMPLED.rows))),
@@ -262,15 +263,16 @@ def test_an_answer_does_not_depend_on_the_other_prompts_of_the_batch(
 def test_f1_rollouts_are_sampled_and_two_seeds_differ(
     layout: ParallelLayout, answers: Answers
 ) -> None:
-    """Not greedy, and yet a function of the seed."""
+    """Not greedy, and yet a function of the seed and of each prompt's identity."""
     for name in CONFIGS:
-        sampled, again, other, greedy = (
+        sampled, again, other, renamed, greedy = (
             answers[name, title, layout].rollout
-            for title in ("sampled", "again", "other seed", "greedy")
+            for title in ("sampled", "again", "other seed", "other ids", "greedy")
         )
         assert not _differences(again, sampled)
         rows = _rows(sampled)
         assert all(a != b for a, b in zip(rows, _rows(other), strict=True))
+        assert all(a != b for a, b in zip(rows, _rows(renamed), strict=True))
         # A response of one token may well be the likeliest one.
         assert all(a != b[: len(a)] for a, b in zip(rows, _rows(greedy), strict=True) if len(a) > 1)
 

@@ -7,6 +7,7 @@ from megachat.errors import CapacityError, ConfigError
 from megachat.generation.blocks import BlockCopy
 from megachat.generation.kv_cache import PagedKvCache, block_bytes
 from megachat.generation.scheduler import Schedule, TableEntry
+from megachat.parallel.memory import ReallocatedBuffer
 from tests.model import reference as ref
 
 CPU = torch.device("cpu")
@@ -107,6 +108,29 @@ def test_memory_comes_with_the_first_write_goes_with_release_and_keeps_its_addre
     assert keys.data_ptr() == cache.layer(0)[0].data_ptr() == address
     keys.fill_(2.0)
     assert cache.layer(0)[0].eq(2.0).all()
+
+
+def test_ordinary_memory_serves_a_pool_too() -> None:
+    """As on devices without address-stable memory."""
+    size = block_bytes(ref.PRE_LN, tensor=2, block_size=4, dtype=torch.float32)
+    memory = ReallocatedBuffer(10 * size, CPU)
+    cache = PagedKvCache(
+        ref.PRE_LN,
+        tensor=2,
+        num_bytes=10 * size,
+        block_size=4,
+        max_sequences=3,
+        dtype=torch.float32,
+        device=CPU,
+        memory=memory,
+    )
+    for _ in range(2):
+        cache.acquire()
+        cache.pool.fill_(1.0)
+        assert cache.resident_bytes == 10 * size
+        assert cache.layer(3)[1].eq(1.0).all()
+        cache.release()
+        assert cache.resident_bytes == 0
 
 
 def test_a_pool_without_one_block_is_refused_with_the_numbers() -> None:

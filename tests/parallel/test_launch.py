@@ -138,7 +138,7 @@ def test_several_nodes_need_a_rendezvous() -> None:
 
 def test_cuda_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(LaunchError, match="device is cuda, but .* device=cpu"):
+    with pytest.raises(LaunchError, match="device is cuda, but .*launch.device=cpu"):
         launch(LaunchConfig(device="cuda", threads=1), entries.fail_alone)
 
 

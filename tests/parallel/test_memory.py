@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from megachat.errors import ConfigError, KernelError
-from megachat.parallel.memory import PAGE_BYTES, AddressStableBuffer
+from megachat.parallel.memory import (
+    PAGE_BYTES,
+    AddressStableBuffer,
+    ReallocatedBuffer,
+    phase_memory,
+)
 
 CPU = torch.device("cpu")
 MEBIBYTE = 1 << 20
@@ -98,3 +103,24 @@ def test_sizes_and_devices_that_cannot_be_served_are_refused() -> None:
         AddressStableBuffer(0, CPU)
     with pytest.raises(KernelError, match="not on meta"):
         AddressStableBuffer(1, torch.device("meta"))
+
+
+def test_ordinary_memory_comes_and_goes_behind_the_same_views() -> None:
+    buffer = ReallocatedBuffer(64 * MEBIBYTE, CPU)
+    assert buffer.resident_bytes() == 0
+    view = buffer.tensor().view(torch.float32).view(2, -1)
+    for value in (1.0, 2.0):
+        buffer.acquire()
+        buffer.acquire()
+        assert buffer.resident_bytes() == 64 * MEBIBYTE
+        view.fill_(value)
+        assert float(view[1, -1]) == value
+        filled = _resident_set()
+        buffer.release()
+        assert buffer.resident_bytes() == 0
+        assert filled - _resident_set() > 60 * MEBIBYTE
+
+
+def test_each_kind_of_device_gets_the_memory_that_suits_it() -> None:
+    assert isinstance(phase_memory(PAGE_BYTES, CPU), AddressStableBuffer)
+    assert isinstance(phase_memory(PAGE_BYTES, torch.device("meta")), ReallocatedBuffer)

@@ -253,7 +253,9 @@ def test_the_tokenwise_loss_does_not_see_padding_or_a_cut_of_it() -> None:
     def loss(seen: Tensor) -> Tensor:
         return tokenwise_pair_loss(seen, tokens=tokens, lengths=lengths, weights=torch.ones(1)).loss
 
-    assert loss(values) == loss(poisoned) == loss(values[..., :6])
+    # Sums of a wider row may be taken in another order, so equal up to rounding.
+    torch.testing.assert_close(loss(poisoned), loss(values), rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(values[..., :6]), loss(values), rtol=1e-6, atol=0)
 
 
 def test_identical_rows_give_equal_and_opposite_gradients() -> None:

@@ -171,7 +171,8 @@ def _check_eos_step() -> None:
     trainer = tiny.trainer(PpoConfig(**RAW))
     experience = trainer.generate_experience(tiny.prompts(LENGTHS))
     mask, rows = experience.response_mask, torch.arange(experience.num_rows)
-    last = mask.sum(dim=1) - 1
+    last = experience.lengths - experience.prompt_lengths - 1
+    assert torch.equal(mask.sum(dim=1) - 1, last)
     ends = torch.zeros_like(mask)
     ends[rows, last] = experience.finished
     final = experience.tokens[rows, experience.lengths - 1]

@@ -1,0 +1,156 @@
+from dataclasses import replace
+
+import pytest
+
+from megachat.errors import CapacityError, LayoutError
+from megachat.model.config import OPT_MODELS, Recompute
+from megachat.parallel.layout import ParallelLayout
+from megachat.planner.hardware import cluster_config
+from megachat.planner.job import Workload
+from megachat.planner.memory import refusal
+from megachat.planner.records import Measure
+from megachat.planner.search import Plan, PlanRequest, RoleOptions, SearchResult, check_fits, search
+from tests.planner.jobs import SIZES
+
+
+def request(size: str, *, nodes: int = 1, critic: str = "350m", **cluster: float) -> PlanRequest:
+    return PlanRequest(
+        actor=OPT_MODELS[f"facebook/opt-{size}"],
+        critic=OPT_MODELS[f"facebook/opt-{critic}"],
+        cluster=cluster_config(nodes=nodes, **cluster),
+    )
+
+
+def at(plan: PlanRequest, *layout: int, generate: int | None = None) -> PlanRequest:
+    """The same with fixed layouts."""
+    tensor, pipeline, data = layout
+    fixed = ParallelLayout(tensor=tensor, pipeline=pipeline, data=data)
+    options = replace(plan.actor_options, layout=fixed)
+    return replace(plan, actor_options=options, generation_tensor=generate)
+
+
+def check(plan: Plan) -> None:
+    """What holds for every plan that is offered."""
+    assert plan.memory.fits and refusal(plan.memory) is None
+    assert plan.memory.cache.concurrent >= 1
+    assert plan.seconds.total > 0
+    plan.job.check_cluster(plan.cluster)
+
+
+@pytest.mark.parametrize(("size", "nodes"), [("13b", 1), ("66b", 8), ("175b", 8)])
+def test_layouts_for_the_large_models_are_found(size: str, nodes: int) -> None:
+    """1024 x (256 + 256) tokens a step on 80 GB GPUs."""
+    result = search(request(size, nodes=nodes))
+    assert result.plans
+    for plan in result.plans:
+        check(plan)
+    totals = [plan.seconds.total for plan in result.plans]
+    assert totals == sorted(totals)
+    assert result.best is result.plans[0]
+
+
+def test_opt_175b_needs_offload_gradient_reuse_and_waves() -> None:
+    result = search(request("175b", nodes=8))
+    for plan in result.plans:
+        assert {Measure.REUSE_GRADIENTS, Measure.OFFLOAD_OPTIMIZER} <= plan.memory.measures
+        assert plan.memory.cache.waves > 1
+        assert plan.job.generation_tensor == 8
+    layouts = [str(plan.job.actor.layout) for plan in result.plans]
+    assert "tp8.pp8.dp1" in layouts
+
+
+def test_every_pair_of_layouts_is_either_planned_or_refused_once() -> None:
+    result = search(request("13b"))
+    planned = [(plan.job.actor.layout, plan.job.generation_tensor) for plan in result.plans]
+    refused = [(item.train, item.generation_tensor) for item in result.refusals]
+    assert len(set(planned + refused)) == len(planned + refused)
+    trained = {layout for layout, _ in planned + refused}
+    assert trained == {
+        ParallelLayout(tensor=tensor, pipeline=pipeline, data=8 // tensor // pipeline)
+        for tensor in (1, 2, 4, 8)
+        for pipeline in (1, 2, 4, 8)
+        if tensor * pipeline <= 8
+    }
+
+
+def test_refusals_give_reasons_with_numbers_the_nearest_first() -> None:
+    result = search(request("175b", nodes=8))
+    assert len(result.refusals) > 10
+    assert all("GB are usable" in item.reason for item in result.refusals)
+    excess = [float(item.reason.split(" GB on ranks")[0].split()[-1]) for item in result.refusals]
+    assert excess == sorted(excess)
+
+
+def test_a_small_model_needs_nothing_special() -> None:
+    best = search(request("125m")).best
+    assert best.memory.measures == frozenset()
+    assert best.job.actor.recompute is Recompute.NONE
+    assert best.memory.cache.waves == 1
+
+
+def test_fixed_layouts_are_kept() -> None:
+    plan = check_fits(at(request("175b", nodes=8), 8, 8, 1, generate=8))
+    assert plan.job.actor.layout == ParallelLayout(tensor=8, pipeline=8, data=1)
+    assert plan.job.generation_tensor == 8
+    check(plan)
+
+
+def test_a_run_that_cannot_fit_is_refused_in_one_line_with_the_numbers() -> None:
+    with pytest.raises(CapacityError) as caught:
+        check_fits(at(request("175b", nodes=8, gpu_memory_gb=40.0), 8, 8, 1, generate=8))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "tp8.pp8.dp1" in message and "36.0 GB are usable" in message
+
+
+def test_recomputation_is_chosen_only_where_nothing_else_fits() -> None:
+    wide = replace(
+        request("13b", gpu_memory_gb=80.0),
+        workload=Workload(prompt_tokens=1024, response_tokens=1024, sft_tokens=2048),
+        actor_options=RoleOptions(
+            layout=ParallelLayout(tensor=8), sequence_parallel=False, micro_batch_rows=16
+        ),
+        critic_options=RoleOptions(micro_batch_rows=1),
+    )
+    assert check_fits(wide).job.actor.recompute is Recompute.FULL
+    narrow = replace(wide, actor_options=replace(wide.actor_options, micro_batch_rows=1))
+    assert check_fits(narrow).job.actor.recompute is Recompute.NONE
+
+
+def test_recomputation_that_is_asked_for_is_kept() -> None:
+    asked = RoleOptions(recompute=Recompute.FULL)
+    plan = search(replace(request("125m"), actor_options=asked)).best
+    assert plan.job.actor.recompute is Recompute.FULL
+
+
+def test_a_large_critic_is_cut() -> None:
+    small, large = (search(request("13b", critic=size)).best for size in ("350m", "13b"))
+    assert small.job.critic.layout == ParallelLayout(data=8)
+    assert large.job.critic.layout.tensor == 8
+
+
+def test_of_equal_times_the_plan_with_fewest_measures_wins() -> None:
+    best = search(request("1.3b")).best
+    assert best.memory.measures == frozenset()
+
+
+def test_a_layout_that_cannot_exist_is_an_error_and_not_a_refusal() -> None:
+    with pytest.raises(LayoutError, match="layers 96 are not a multiple of pipeline degree 64"):
+        search(at(request("175b", nodes=8), 1, 64, 1))
+    with pytest.raises(LayoutError, match="generation tensor degree 3"):
+        search(at(request("175b", nodes=8), 8, 8, 1, generate=3))
+    with pytest.raises(LayoutError, match="= 64"):
+        search(at(request("175b", nodes=8), 8, 4, 1))
+
+
+def test_no_layout_at_all_says_so() -> None:
+    with pytest.raises(CapacityError, match="change its size"):
+        SearchResult(plans=(), refusals=()).best  # noqa: B018
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_is_planned_on_64_gpus(size: str) -> None:
+    plan = check_fits(at(request(size, nodes=8), 4, 4, 4) if size != "175b" else at(
+        request(size, nodes=8), 8, 8, 1
+    ))  # fmt: skip
+    check(plan)

@@ -137,10 +137,9 @@ def word_elements(setup: RoleSetup) -> int:
     return _table_of(setup).words.on_rank(setup.layout.tensor)
 
 
-def largest_elements(setup: RoleSetup) -> int:
-    """Elements of one rank's part of the largest matrix of a layer."""
-    config = setup.config
-    return config.hidden * max(3 * config.hidden, config.ffn) // setup.layout.tensor
+def mlp_elements(setup: RoleSetup) -> int:
+    """Elements of one rank's part of one of a layer's two MLP matrices, the largest of an OPT."""
+    return setup.config.hidden * setup.config.ffn // setup.layout.tensor
 
 
 def _edges(setup: RoleSetup, stage: int) -> Part:

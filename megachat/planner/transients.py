@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from megachat.model.config import Head, Recompute
 from megachat.planner.job import Job, RoleSetup
-from megachat.planner.sizes import largest_elements, word_elements
+from megachat.planner.sizes import mlp_elements, word_elements
 
-_LOSS_CHUNK_BYTES = 12 * 2**20
-"""fp32 temporaries of the log-probabilities: three of `ops.token_logprobs.CHUNK_ELEMENTS`."""
+_LOSS_CHUNK_ELEMENTS = 2**20
+"""`ops.token_logprobs.CHUNK_ELEMENTS`, the largest fp32 temporary of the log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +51,8 @@ class _Units:
     """As U with the width of the embedding."""
     logits: int
     """One rank's logits."""
+    loss_chunks: int
+    """fp32 temporaries of the log-probabilities."""
     layer: int
     """What a layer keeps, without recomputation."""
     gather: int
@@ -88,7 +90,7 @@ def training_transients(
     ]
     if is_last and setup.head is Head.LANGUAGE_MODEL:
         # The gradient of the logits, and fp32 chunks of it under construction.
-        moments.append(held + edge + units.logits + _LOSS_CHUNK_BYTES + units.gather)
+        moments.append(held + edge + units.logits + units.loss_chunks + units.gather)
         moments.append(held + _head_backward(setup, units, is_tied_here=is_first))
     if is_first:
         moments.append((in_flight - 1) * kept + _embedding_backward(setup, units))
@@ -100,7 +102,7 @@ def _layer_backward(setup: RoleSetup, units: _Units, *, is_first: bool, is_last:
     """The backward pass of a stage's last layer, beside what the layers keep."""
     # The gradient of the MLP's activation, and then a matrix's in bf16 and fp32 or, if larger, the
     # one before the rectifier.
-    matrix = 3 * setup.value_bytes * largest_elements(setup)
+    matrix = 3 * setup.value_bytes * mlp_elements(setup)
     total = units.hidden + units.mlp + max(matrix, units.mlp)
     if setup.recompute is Recompute.FULL:
         total += units.layer
@@ -128,7 +130,8 @@ def _embedding_backward(setup: RoleSetup, units: _Units) -> int:
     words = 3 * setup.value_bytes * word_elements(setup)
     if setup.layout.pipeline == 1 and setup.head is Head.LANGUAGE_MODEL:
         return words + units.gather
-    return words + units.hidden + (units.shard if units.gather else 0)
+    gradient = units.embed if setup.config.has_projection else units.hidden
+    return words + gradient + (units.shard if units.gather else 0)
 
 
 def scoring_transients(setup: RoleSetup, *, stage: int, rows: int, tokens: int) -> Transients:
@@ -140,7 +143,7 @@ def scoring_transients(setup: RoleSetup, *, stage: int, rows: int, tokens: int) 
     if not is_last:  # what is on its way to the next stage
         workspace += 2 * units.shard + (units.hidden if is_first else 0)
     if is_last and setup.head is Head.LANGUAGE_MODEL:
-        workspace += units.logits + _LOSS_CHUNK_BYTES
+        workspace += units.logits + units.loss_chunks
         workspace += units.hidden + 3 * units.shard if units.gather else 0
     return Transients(activations=0, workspace=workspace)
 
@@ -164,15 +167,23 @@ def _units(setup: RoleSetup, *, rows: int, tokens: int) -> _Units:
     hidden = value * positions * config.hidden
     shard = hidden // tensor if setup.is_sequence_parallel else hidden
     mlp = value * positions * config.ffn // tensor
+    columns = setup.padded_vocab // tensor
     return _Units(
         hidden=hidden,
         shard=shard,
         mlp=mlp,
         embed=value * positions * config.embed_dim,
-        logits=value * positions * setup.padded_vocab // tensor,
+        logits=value * positions * columns,
+        loss_chunks=_loss_chunks(positions, columns),
         layer=4 * shard + 4 * hidden // tensor + mlp + 4 * positions * config.heads // tensor,
         gather=hidden if setup.is_sequence_parallel else 0,
     )
+
+
+def _loss_chunks(positions: int, columns: int) -> int:
+    """Two temporaries of a chunk of tokens, and one of the chunk before where there are several."""
+    rows = max(1, _LOSS_CHUNK_ELEMENTS // columns)
+    return 4 * columns * (3 * rows if positions > rows else 2 * positions)
 
 
 def _kept_by_embedding(setup: RoleSetup, units: _Units) -> int:

@@ -26,12 +26,12 @@ ALLOWED = 0.01
 LARGE = {
     (layout, rank): count
     for layout, ranks in (((8, 8, 1), (0, 27, 63)), ((8, 4, 2), (0, 27, 63)))
-    for rank, count in zip(ranks, (3, 1, 1) if layout == (8, 8, 1) else (1, 1, 1), strict=True)
+    for rank, count in zip(ranks, (1, 3 if layout == (8, 8, 1) else 1, 1), strict=True)
 }
 """(Layout, rank) of OPT-175B on 64 ranks -> micro-batches to run: first, middle and last stage."""
 
 TOY = OptConfig(
-    vocab_size=5000, max_positions=300, hidden=256, ffn=512, layers=4, heads=8, embed_dim=256
+    vocab_size=5000, max_positions=300, hidden=256, ffn=1024, layers=4, heads=8, embed_dim=256
 )
 
 
@@ -118,8 +118,7 @@ def test_other_layouts_and_options_are_as_planned(
     small = toy_job(layout, generate=generate, count=5, **how)
     cluster = cluster_config(gpus_per_node=layout.world_size)
     for row in pool.submit(compare, small, cluster, rank=rank).result(timeout=200):
-        # Small tensors that a plan does not count weigh more in a small model.
-        assert abs(row.difference) <= 0.03, row
+        assert abs(row.difference) <= 0.01, row
 
 
 def test_fake_and_real_tensors_count_the_same(pool: ProcessPoolExecutor) -> None:

@@ -6,7 +6,7 @@ from megachat.model.config import OPT_MODELS, Head, vocab_multiple_for
 from megachat.model.specs import stage_specs
 from megachat.planner.sizes import (
     generation_elements,
-    largest_elements,
+    mlp_elements,
     stage_elements,
     word_elements,
 )
@@ -37,7 +37,7 @@ def test_elements_of_every_stage_are_those_of_its_parameter_table(
         in_layers = [
             n for spec, n in local.items() if spec.layer is not None and len(spec.shape) == 2
         ]
-        assert largest_elements(setup) == max(in_layers)
+        assert mlp_elements(setup) == max(in_layers)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -53,12 +53,6 @@ class TokenBatch(Batch):
     lengths: Tensor
     """[batch] int64, number of real tokens of each row."""
 
-    def trimmed(self, seq: int) -> Self:
-        """The same rows with the sequence cut to `seq` columns; no row may be longer."""
-        changed = {"tokens": self.tokens[:, :seq]}
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in changed}
-        return type(self)(**changed, **rest)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SftBatch(TokenBatch):

@@ -69,16 +69,6 @@ def test_records_are_frozen_and_documented(kind: type[Batch]) -> None:
     assert kind.__doc__
 
 
-def test_trimming_cuts_the_tokens_only() -> None:
-    batch = _filled(PromptBatch)
-    assert isinstance(batch, PromptBatch)
-    cut = batch.trimmed(5)
-    assert type(cut) is PromptBatch
-    assert torch.equal(cut.tokens, batch.tokens[:, :5])
-    assert cut.lengths is batch.lengths
-    assert cut.ids is batch.ids
-
-
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, RESPONSE)), min_size=1, max_size=6))
 @settings(deadline=None)
 def test_response_mask_counts_the_tokens_after_the_prompt(rows: list[tuple[int, int]]) -> None:

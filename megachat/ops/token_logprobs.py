@@ -80,30 +80,6 @@ def token_logprobs(
     ).logprobs
 
 
-def token_entropy(
-    logits: Tensor,
-    *,
-    group: ProcessGroup | None,
-    vocab_start: int,
-    temperature: float = 1.0,
-    chunk_elements: int = CHUNK_ELEMENTS,
-) -> Tensor:
-    """Entropy of each predicted distribution in nats, differentiable; see `token_logprobs`.
-
-    Returns:
-        `[batch, seq]` float32 (float64 for float64 logits).
-    """
-    targets = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
-    return token_statistics(
-        logits,
-        targets,
-        group=group,
-        vocab_start=vocab_start,
-        temperature=temperature,
-        chunk_elements=chunk_elements,
-    ).entropy
-
-
 def token_statistics(
     logits: Tensor,
     targets: Tensor,

@@ -31,20 +31,20 @@ def all_reduce_max(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def all_gather_rows(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenates the group's equally shaped tensors along dim 0, in group order."""
-    if group.size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts)
+    return _all_gather(tensor, group, dim=0)
 
 
 def all_gather_last_dim(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenates the group's equally shaped tensors along the last dim, in group order."""
+    return _all_gather(tensor, group, dim=-1)
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup, *, dim: int) -> Tensor:
     if group.size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=dim)
 
 
 def broadcast(tensor: Tensor, group: dist.ProcessGroup, *, source: int) -> Tensor:

@@ -86,11 +86,6 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def user_home() -> str:
-    """Home folder of the user, for caches."""
-    return os.path.expanduser("~")
-
-
 def launch(config: LaunchConfig, entry: Callable[..., None], *args: Any) -> None:
     """Runs module-level `entry(worker, *args)` on every rank and waits for all of them.
 

@@ -79,12 +79,15 @@ def _check_in_transformers(export: Path, config: OptConfig, head: Head) -> None:
     reference, tokens = ref.huggingface_model(config, head), ref.random_batches(config, 1)[0]
     if head is Head.LANGUAGE_MODEL:
         loaded = AutoModelForCausalLM.from_pretrained(export).eval()
-        assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
         assert loaded.generation_config.eos_token_id == config.eos_id
     else:
         loaded = AutoModelForSequenceClassification.from_pretrained(export).eval()
         assert loaded.config.num_labels == 1
-        assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
+    for parameter in loaded.parameters():
+        # They lie in the mapped file, at any address; where that is not a multiple of a cache
+        # line, BLAS may add in another order than for the reference.
+        parameter.data = parameter.clone()
+    assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
 
 
 def test_exports_of_every_layout_are_bit_exact_and_load_in_transformers(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from megachat.generation.sampling import SamplingConfig
+from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rng import generator_for, seed_for
 from megachat.records import Experience, PromptBatch, Rollout
+from megachat.reshard.execute import ReshardReport
 from megachat.rlhf.advantages import (
     explained_variance,
     generalized_advantages,
@@ -244,7 +246,7 @@ class PPOTrainer:
         )
         mean_kl = float(masked_mean(logprobs - ref_logprobs, mask=mask))
         gap = (logprobs - rollout.logprobs).abs()
-        self.experience_metrics = {
+        self.experience_metrics = self._reshard_metrics() | {
             "rlhf/score": float(scores.mean()),
             "rlhf/standardized_score": float(standardized.mean()),
             "rlhf/reward": float(rewards.sum(dim=1).mean()),
@@ -274,6 +276,17 @@ class PPOTrainer:
             score_mean=score_mean,
             score_std=score_std,
         )
+
+    def _reshard_metrics(self) -> dict[str, float]:
+        """The latest phase change of the actor, the slowest and largest of all ranks."""
+        mine = self.engine.actor.last_reshard
+        assert mine is not None, "a rollout comes out of a generation phase"
+        report = ReshardReport.of_all_ranks(all_gather_objects(mine))
+        return {
+            "perf/reshard_seconds": report.seconds,
+            "perf/reshard_received_bytes": report.received_bytes,
+            "perf/reshard_redundant_bytes": report.redundant_bytes,
+        }
 
     def _both_logprobs(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens under the actor and under the reference."""

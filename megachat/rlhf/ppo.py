@@ -121,22 +121,23 @@ class PPOTrainer:
         for batch in batches:
             prompts = batch if batch.num_rows <= left else batch.select(torch.arange(left))
             rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
-            self.normalizer.calibrate(self._scores(rollout))
+            with self.engine.scoring():
+                scores = self._scores(rollout)
+            self.normalizer.calibrate(scores)
             left -= prompts.num_rows
             if not left:
                 return
 
     def generate(self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int) -> Rollout:
         """A generation phase of the actor: reshard, sample a response to every prompt, go back."""
-        actor = self.engine.actor
         with self._timers.phase("reshard"):
-            actor.eval()
+            self.engine.eval()
         try:
             with self._timers.phase("generate"):
-                return actor.generator.generate(prompts, sampling=sampling, seed=seed)
+                return self.engine.actor.generator.generate(prompts, sampling=sampling, seed=seed)
         finally:
             with self._timers.phase("reshard"):
-                actor.train()
+                self.engine.train()
 
     def generate_experience(self, prompts: PromptBatch) -> PpoExperience:
         """Samples a response to every prompt and scores it with all four roles.
@@ -145,7 +146,7 @@ class PPOTrainer:
         """
         seed = seed_for(self._seed, "rollout", self._iteration)
         rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
-        with self._timers.phase("score"):
+        with self._timers.phase("score"), self.engine.scoring():
             logprobs, ref_logprobs = self._both_logprobs(
                 rollout, temperature=self.sampling.temperature
             )
@@ -167,8 +168,10 @@ class PPOTrainer:
             rollout: Responses of the present actor.
             temperature: The one they were sampled at.
         """
-        logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
-        return RolloutStatistics(scores=self._scores(rollout), log_ratios=logprobs - ref_logprobs)
+        with self.engine.scoring():
+            logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
+            scores = self._scores(rollout)
+        return RolloutStatistics(scores=scores, log_ratios=logprobs - ref_logprobs)
 
     def minibatches(self, experience: PpoExperience) -> Iterator[PpoExperience]:
         """The mini-batches of `config.epochs` passes, shuffled anew in each pass."""
@@ -286,6 +289,8 @@ class PPOTrainer:
             "perf/reshard_seconds": report.seconds,
             "perf/reshard_received_bytes": report.received_bytes,
             "perf/reshard_redundant_bytes": report.redundant_bytes,
+            "perf/offloaded_bytes": self.engine.actor.last_pause.offloaded_bytes,
+            "perf/lent_bytes": self.engine.actor.last_pause.lent_bytes,
         }
 
     def _both_logprobs(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:

@@ -150,6 +150,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
                 total_steps=num_updates,
                 seed=seed,
                 generation=config.generation,
+                measures=config.memory,
                 ranks_per_node=context.config.launch.processes,
             ),
             stop_ids=(tokenizer.eos_id,),
@@ -164,6 +165,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         ),
         reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
         reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
+        measures=config.memory,
     )
 
 

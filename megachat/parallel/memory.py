@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.parallel.device_memory import MappedDeviceBuffer
 
 PAGE_BYTES = mmap.PAGESIZE
 """Unit in which physical memory comes and goes."""
@@ -42,6 +43,8 @@ def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
     """The kind of memory that suits a device; nothing is taken yet."""
     if device.type == "cpu":
         return AddressStableBuffer(num_bytes, device)
+    if device.type == "cuda":
+        return MappedDeviceBuffer(num_bytes, device)
     return ReallocatedBuffer(num_bytes, device)
 
 
@@ -98,8 +101,8 @@ class AddressStableBuffer:
             raise ConfigError(f"a buffer needs at least 1 byte, {num_bytes} were asked for")
         if device.type != "cpu":
             raise KernelError(
-                f"address-stable memory exists on cpu, not on {device}: keep this pool in ordinary "
-                "memory of the device"
+                f"this kind of address-stable memory exists on cpu, not on {device}: use "
+                "phase_memory, which chooses by the device"
             )
         self.device = device
         self.num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -123,7 +126,7 @@ class AddressStableBuffer:
         """The whole buffer, `[num_bytes]` uint8; views of it stay valid for good."""
         return self._bytes
 
-    def acquire(self) -> None:
+    def acquire(self, start: int = 0, stop: int | None = None) -> None:
         """Does nothing: a page comes when it is written."""
 
     def release(self, start: int = 0, stop: int | None = None) -> None:

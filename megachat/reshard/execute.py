@@ -91,6 +91,7 @@ class Resharder:
         """
         if self._arena.is_current:
             return
+        self._arena.acquire()
         in_flight: deque[_InFlight] = deque()
         for step in self._arena.part.steps:
             while in_flight and not self._fits(in_flight, step):

@@ -100,8 +100,9 @@ class PendingTransfer:
 def start_gather(slots: Sequence[Tensor], group: dist.ProcessGroup) -> PendingTransfer:
     """Fills `slots` in place: slot i with what rank i of the group has in its own slot i.
 
-    One all-gather where the backend does it in place (NCCL, neighbouring slots); broadcasts
-    elsewhere: gloo's all-gather would stage a copy of the whole output.
+    One all-gather where the backend does it in place (NCCL, neighbouring slots). Elsewhere each
+    rank sends its slot to each other one: gloo's all-gather would stage a copy of the whole output,
+    and its broadcasts pass through a pool of two threads.
 
     Args:
         slots: One contiguous tensor a rank of the group, of equal sizes.
@@ -110,14 +111,15 @@ def start_gather(slots: Sequence[Tensor], group: dist.ProcessGroup) -> PendingTr
     if group.size() == 1:
         return PendingTransfer(works=(), received_bytes=0)
     own = slots[group.rank()]
-    received = sum(slot.nbytes for slot in slots) - own.nbytes
     if dist.get_backend(group) == "nccl" and _are_neighbours(slots):
         return start_all_gather(slots[0].as_strided((own.numel() * len(slots),), (1,)), group)
-    works = [
-        dist.broadcast(slot, src=dist.get_global_rank(group, index), group=group, async_op=True)
-        for index, slot in enumerate(slots)
-    ]
-    return PendingTransfer(works=tuple(works), received_bytes=received)
+    # Everyone starts with another peer, so that no rank is sent everything at once.
+    peers = [(group.rank() + distance) % group.size() for distance in range(1, group.size())]
+    return start_exchange(
+        sends=[(peer, own) for peer in peers],
+        receives=[(peer, slots[peer]) for peer in reversed(peers)],
+        group=group,
+    )
 
 
 def start_all_gather(whole: Tensor, group: dist.ProcessGroup) -> PendingTransfer:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
@@ -189,13 +189,16 @@ def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: An
         start_method="spawn",
         local_addr=_LOOPBACK if config.nodes == 1 else None,
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=5,
+        shutdown_timeout=2,  # a rank that lost a peer has nothing to save
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
             elastic_launch(elastic, _worker_main)(folder, config, entry, args)
         except ChildFailedError as error:
             raise _first_failure(Path(folder), error) from None
+        except SignalException as error:
+            name = signal.Signals(error.sigval).name
+            raise LaunchError(f"the job was ended by {name}, as it was told") from None
         except (RuntimeError, dist.DistError) as error:
             raise LaunchError(
                 f"cannot start the job at {endpoint}: {_first_line(error)}"

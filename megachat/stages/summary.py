@@ -90,8 +90,9 @@ def summary_lines(summary: RunSummary) -> Iterator[str]:
     if summary.phase_seconds:
         yield ""
         total = math.fsum(summary.phase_seconds.values())
+        width = 2 + max(map(len, summary.phase_seconds))
         for name, seconds in sorted(summary.phase_seconds.items(), key=lambda item: -item[1]):
-            yield f"{name:14}{seconds:8.1f} s {100 * seconds / total:5.1f} %"
+            yield f"{name:{width}}{seconds:8.1f} s {100 * seconds / total:5.1f} %"
     yield ""
     for name, path in summary.paths.items():
         yield f"{name}: {path}"

@@ -33,6 +33,9 @@ def fail(worker: Worker, folder: Path, how: str) -> None:
             raise KeyError("no such thing")
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "end the launcher":
+            os.kill(os.getppid(), signal.SIGTERM)
+            dist.barrier()
         os._exit(7)
     dist.all_reduce(torch.zeros(1))
     raise AssertionError("the collective cannot succeed")

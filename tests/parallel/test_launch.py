@@ -71,6 +71,7 @@ def test_two_ranks_meet_with_the_device_and_threads_they_were_given(tmp_path: Pa
             ["rank 1 failed:", "Traceback", 'raise KeyError("no such thing")'],
         ),
         ("kill", LaunchError, ["rank 1 was killed by SIGKILL"]),
+        ("end the launcher", LaunchError, ["the job was ended by SIGTERM"]),
     ],
 )
 def test_the_first_failure_of_a_rank_is_raised_here_and_ends_the_others(

@@ -249,8 +249,8 @@ def raw_all_gather(job: Job) -> Method:
     return Method(run=run)
 
 
-def raw_broadcasts(job: Job) -> Method:
-    """One broadcast a rank that deliver as many bytes, without any buckets."""
+def raw_sends(job: Job) -> Method:
+    """One send to each rank of the group that deliver as many bytes, without any buckets."""
     buffer, group = _raw_buffer(job)
     if buffer is None:
         return Method(run=lambda: 0)
@@ -281,7 +281,7 @@ METHODS: dict[str, Callable[[Job], Method]] = {
     "megatron-core swap": megatron_swap,
     "full gather": full_gather,
     RAW: raw_all_gather,
-    "raw broadcasts": raw_broadcasts,
+    "raw sends": raw_sends,
 }
 
 

@@ -33,7 +33,7 @@ from megachat.training.loss import LossFunction
 from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
 from megachat.training.schedules import OptimizerConfig, learning_rate
 from megachat.training.storage import FlatStorage
-from megachat.training.zero1 import StepReport, Zero1Optimizer
+from megachat.training.zero1 import OptimizerTensors, StepReport, Zero1Optimizer
 
 BatchT = TypeVar("BatchT", bound=Batch)
 BatchT_contra = TypeVar("BatchT_contra", bound=Batch, contravariant=True)
@@ -333,6 +333,10 @@ class TrainEngine(ForwardEngine):
     def stored_tensors(self) -> dict[str, Tensor]:
         """All tensors that must lie in the `storage`; to be checked where memory changes hands."""
         return self._zero1.stored_tensors()
+
+    def optimizer_tensors(self) -> OptimizerTensors:
+        """What the optimizer keeps beside the weights, by pool."""
+        return self._zero1.optimizer_tensors()
 
     def _key_dropout(self, micro_batch: _MicroBatch[Any]) -> None:
         """Names the dropout stream of a micro-batch independently of stages and data ranks."""

@@ -41,6 +41,18 @@ class StepReport:
     """True when a gradient was not finite: weights and state are unchanged."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerTensors:
+    """What an optimizer keeps beside the weights between two steps, by pool; fp32."""
+
+    gradients: tuple[Tensor, ...]
+    """Accumulated gradients; none for an fp32 model, which holds them only while it accumulates."""
+    masters: tuple[Tensor, ...]
+    """This data rank's part of the fp32 weights."""
+    moments: tuple[Tensor, ...]
+    """AdamW's two, of the same part; none before the first step."""
+
+
 class Zero1Optimizer:
     """AdamW under ZeRO-1 for the parameters of one model shard."""
 
@@ -152,6 +164,23 @@ class Zero1Optimizer:
                 for part, tensor in enumerate(parts[index]):
                     tensors[f"part {part} of flat buffer {index}"] = tensor
         return tensors
+
+    def optimizer_tensors(self) -> OptimizerTensors:
+        """The tensors behind the optimizer's memory, for a measurement of it."""
+        inner = self._optimizer
+        masters = (
+            inner.fp32_groups_flat_partition
+            if self._is_bf16
+            else inner.single_partition_of_fp32_groups
+        )
+        states = inner.optimizer.state.values()
+        return OptimizerTensors(
+            gradients=tuple(inner.fp32_groups_gradients_flat) if self._is_bf16 else (),
+            masters=tuple(masters),
+            moments=tuple(
+                state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if state
+            ),
+        )
 
 
 def _filler(like: nn.Parameter) -> nn.Parameter:

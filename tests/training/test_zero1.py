@@ -1,7 +1,6 @@
 import contextlib
 import io
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -70,8 +69,9 @@ def _three_steps(
         assert (report.learning_rate, report.skipped) == (rate, False)
         assert all(parameter.grad is None for parameter in model.parameters())
         norms.append(report.gradient_norm)
-    states: Any = optimizer._optimizer.optimizer.state
-    elements = sum(state["exp_avg"].numel() for state in states.values())
+    kept = optimizer.optimizer_tensors()
+    elements = sum(moment.numel() for moment in kept.moments) // 2
+    assert elements == sum(master.numel() for master in kept.masters)
     return norms, [parameter.detach().clone() for parameter in model.parameters()], elements
 
 

@@ -8,7 +8,6 @@ changed, `eval()` moves nothing.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from megachat.generation.weights import (
     GenerationWeights,
     ReplicaCommunicators,
 )
+from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import GenerationGroups
@@ -26,17 +26,10 @@ from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder, ReshardReport
 from megachat.reshard.plan import plan_for_model
-from megachat.training.engine import TrainEngine
+from megachat.training.engine import PauseReport, TrainEngine
 from megachat.training.schedules import OptimizerConfig
 
 _LAYER_PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-
-
-class Phase(StrEnum):
-    """What the actor's memory is laid out for."""
-
-    TRAINING = "training"
-    GENERATION = "generation"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +47,8 @@ class HybridSettings:
     """Start of the dropout streams."""
     generation: GenerationConfig
     """Memory and batch limits of generation."""
+    measures: MemoryMeasures = MemoryMeasures()
+    """What of training's memory leaves the device for a generation phase."""
     ranks_per_node: int | None = None
     """Neighbouring ranks that share a node; None: all of them."""
 
@@ -107,6 +102,9 @@ class HybridEngine:
         self._resharder = Resharder(self.arena, groups)
         self.last_reshard: ReshardReport | None = None
         """The latest gather; None before the first."""
+        self.last_pause = PauseReport()
+        """What the latest generation phase took from training."""
+        self._measures = settings.measures
         self.phase = Phase.TRAINING
         self._stop_ids, self._suppressed_ids = tuple(stop_ids), tuple(suppressed_ids)
         self._groups = groups
@@ -114,19 +112,35 @@ class HybridEngine:
         self._generator: Generator | None = None
 
     def eval(self) -> "HybridEngine":
-        """Switches to generation: gathers this rank's generation shard in place."""
+        """Switches to generation: makes room, gathers this rank's generation shard in place.
+
+        Raises:
+            PhaseError: A gradient waits for its step, or the training weights left the arena.
+        """
         if self.phase is Phase.TRAINING or not self.arena.is_current:
             self.arena.check_aliasing(self.training.stored_tensors())
-            self.last_reshard = self._resharder.gather()
+            self.last_pause = self.training.pause(
+                offload_state=self._measures.offload_optimizer,
+                lend_gradients=self._measures.lend_gradients,
+            )
             self.phase = Phase.GENERATION
+            try:
+                self.last_reshard = self._resharder.gather()
+            except BaseException:
+                self.train()
+                raise
         return self
 
     def train(self) -> "HybridEngine":
-        """Switches to training: gives back the cache and what belongs to other ranks' shards."""
+        """Switches to training: gives back the cache and what belongs to other ranks' shards.
+
+        What training had left to generation returns.
+        """
         if self.phase is Phase.GENERATION:
             if self._generator is not None:
                 self._generator.cache.release()
             self.arena.release()
+            self.training.resume()
             self.phase = Phase.TRAINING
         return self
 

@@ -7,12 +7,14 @@ behind it come and go.
 
 import ctypes
 import mmap
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.parallel.device_memory import MappedDeviceBuffer
 
 PAGE_BYTES = mmap.PAGESIZE
 """Unit in which physical memory comes and goes."""
@@ -41,6 +43,8 @@ def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
     """The kind of memory that suits a device; nothing is taken yet."""
     if device.type == "cpu":
         return AddressStableBuffer(num_bytes, device)
+    if device.type == "cuda":
+        return MappedDeviceBuffer(num_bytes, device)
     return ReallocatedBuffer(num_bytes, device)
 
 
@@ -97,8 +101,8 @@ class AddressStableBuffer:
             raise ConfigError(f"a buffer needs at least 1 byte, {num_bytes} were asked for")
         if device.type != "cpu":
             raise KernelError(
-                f"address-stable memory exists on cpu, not on {device}: keep this pool in ordinary "
-                "memory of the device"
+                f"this kind of address-stable memory exists on cpu, not on {device}: use "
+                "phase_memory, which chooses by the device"
             )
         self.device = device
         self.num_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -122,7 +126,7 @@ class AddressStableBuffer:
         """The whole buffer, `[num_bytes]` uint8; views of it stay valid for good."""
         return self._bytes
 
-    def acquire(self) -> None:
+    def acquire(self, start: int = 0, stop: int | None = None) -> None:
         """Does nothing: a page comes when it is written."""
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
@@ -164,3 +168,84 @@ class AddressStableBuffer:
                 f"bytes {start} to {stop} are no range of a buffer of {self.num_bytes} bytes"
             )
         return -(-start // PAGE_BYTES) * PAGE_BYTES, stop // PAGE_BYTES * PAGE_BYTES
+
+
+class MovableTensors:
+    """Tensors whose memory leaves the device while nothing reads them; views of them stay valid.
+
+    Whole storages move, one after the other, so that the device has room as soon as the first one
+    has left. The host's copies are kept for the next time: pinning memory costs more than copying.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], *, constant: bool = False) -> None:
+        """Notes the storages; moves nothing.
+
+        Args:
+            tensors: They share their storages with nothing that is used while they are away.
+            constant: Nobody writes to them, so that they travel to the host once.
+        """
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+        self._storages = list(storages.values())
+        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._constant = constant
+        self._host: list[Tensor] = []
+        self._are_away = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all storages, wherever they are."""
+        return sum(self._sizes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that are taken on the device now."""
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def holds_what(self, other: "MovableTensors") -> bool:
+        """Whether both are about the same memory."""
+        mine, theirs = self._storages, other._storages
+        return [storage._cdata for storage in mine] == [storage._cdata for storage in theirs]
+
+    def to_host(self) -> None:
+        """Copies the content to the host and frees the device's memory; does nothing if away."""
+        if self._are_away:
+            return
+        is_known = self._constant and bool(self._host)
+        if not self._host:
+            self._host = [_host_copy(storage) for storage in self._storages]
+        for storage, copy in zip(self._storages, self._host, strict=True):
+            if not is_known:
+                copy.copy_(_bytes_of(storage))
+            storage.resize_(0)
+        self._are_away = True
+
+    def discard(self) -> None:
+        """Frees the device's memory and forgets the content; does nothing if away."""
+        if not self._are_away:
+            for storage in self._storages:
+                storage.resize_(0)
+            self._are_away = True
+
+    def restore(self) -> None:
+        """Takes the memory again: with the content if `to_host` freed it, with zeros otherwise."""
+        if not self._are_away:
+            return
+        for index, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
+            storage.resize_(size)
+            if self._host:
+                _bytes_of(storage).copy_(self._host[index])
+            else:
+                _bytes_of(storage).zero_()
+        self._are_away = False
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """`[num_bytes]` uint8, a view."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _host_copy(storage: torch.UntypedStorage) -> Tensor:
+    """Host memory for the content of a storage, pinned where that makes its way shorter."""
+    return torch.empty(
+        storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda"
+    )

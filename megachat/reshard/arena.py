@@ -5,7 +5,7 @@ moves: parameters and the optimizer's flat buffers are views. The rest belongs t
 shards; it is filled for a generation phase and given back afterwards, at the same addresses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megachat.errors import LayoutError, PhaseError
 from megachat.model.opt import OptModel
+from megachat.parallel.device_memory import MappedDeviceBuffer
 from megachat.parallel.memory import AddressStableBuffer
 from megachat.reshard.rank_plan import plan_rank
 from megachat.reshard.records import Flat, ReshardPlan, View
@@ -24,16 +25,24 @@ class ArenaMemory(Protocol):
     def tensor(self) -> Tensor:
         """All of it, `[bytes]` uint8."""
 
+    def acquire(self, start: int = 0, stop: int | None = None) -> None:
+        """Makes a range of bytes usable; what was usable keeps its content."""
+
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Gives a range of bytes back; its content is lost, its addresses stay valid."""
 
 
-class ResidentMemory:
-    """Ordinary memory of a device (or fake memory of a dry run): it cannot be given back.
+def arena_memory(num_bytes: int, device: torch.device) -> ArenaMemory:
+    """The kind of memory that suits a device; nothing is taken yet where it can be given back."""
+    if device.type == "cpu":
+        return AddressStableBuffer(num_bytes, device)
+    if device.type == "cuda":
+        return MappedDeviceBuffer(num_bytes, device)
+    return ResidentMemory(num_bytes, device)
 
-    On CUDA the foreign part of an arena therefore stays resident during training. The plan's byte
-    counts hold; what `release` would save is not saved.
-    """
+
+class ResidentMemory:
+    """Ordinary memory of any device, such as the fake memory of a dry run: it always stays."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         """Allocates."""
@@ -42,6 +51,9 @@ class ResidentMemory:
     def tensor(self) -> Tensor:
         """All of it, `[bytes]` uint8."""
         return self._bytes
+
+    def acquire(self, start: int = 0, stop: int | None = None) -> None:
+        """Does nothing: all of it is usable."""
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Keeps the memory: there is no way to give part of an allocation back."""
@@ -66,8 +78,7 @@ class WeightArena:
             rank: This rank.
             dtype: Of the weights.
             device: Where they are.
-            memory: At least the arena's bytes, for nothing else; None chooses by the device:
-                address-stable pages on the CPU, ordinary memory elsewhere.
+            memory: At least the arena's bytes, for nothing else; None chooses by the device.
 
         Raises:
             LayoutError: The plan was made for another size of element.
@@ -83,9 +94,10 @@ class WeightArena:
         """Counts changes of the weights."""
         num_bytes = self.part.elements * dtype.itemsize
         if memory is None:
-            kind = AddressStableBuffer if device.type == "cpu" else ResidentMemory
-            memory = kind(num_bytes, device)
+            memory = arena_memory(num_bytes, device)
         self._memory = memory
+        for start, stop in self._own_bytes(dtype.itemsize):
+            memory.acquire(start, stop)
         self._elements = memory.tensor()[:num_bytes].view(dtype)
         self._gathered_version: int | None = None
         self._weights = {weight.spec.name: self.view(weight.view) for weight in self.part.weights}
@@ -187,16 +199,18 @@ class WeightArena:
         """Takes note that the whole shard holds the present weights (for the executor)."""
         self._gathered_version = self.version
 
+    def acquire(self) -> None:
+        """Makes room for what belongs to other ranks' shards (for the executor)."""
+        self._memory.acquire()
+
     def release(self) -> None:
         """Gives back what belongs to other ranks' shards; the training shard is untouched."""
         self._gathered_version = None
-        unit = self._elements.element_size()
-        start = 0
-        for flat in self.part.flats:  # ascending, and apart from each other
-            if flat.names:
-                self._memory.release(start * unit, flat.offset * unit)
-                start = flat.offset + flat.padded_elements
-        self._memory.release(start * unit)
+        end = 0
+        for start, stop in self._own_bytes(self._elements.element_size()):
+            self._memory.release(end, start)
+            end = stop
+        self._memory.release(end)
 
     def flat(self, index: int) -> Tensor | None:
         """The flat buffer of a block, if this stage has one."""
@@ -204,6 +218,13 @@ class WeightArena:
         if not flat.names:
             return None
         return self._elements.narrow(0, flat.offset, flat.padded_elements)
+
+    def _own_bytes(self, element_bytes: int) -> Iterator[tuple[int, int]]:
+        """The ranges of bytes of the training shard and its padding: ascending, apart."""
+        for flat in self.part.flats:
+            if flat.names:
+                end = flat.offset + flat.padded_elements
+                yield flat.offset * element_bytes, end * element_bytes
 
     def _move(self, parameter: torch.nn.Parameter, name: str, at: int) -> None:
         if parameter.dtype != self._elements.dtype:

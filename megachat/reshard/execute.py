@@ -7,7 +7,7 @@ of the memory back.
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -26,9 +26,21 @@ class ReshardReport:
 
     received_bytes: int
     """Counted at the collectives; 0 if nothing had changed since the last one."""
+    redundant_bytes: int
+    """Of the training shard, kept beside the generation shard."""
     staged_bytes: int
     """Most that was packed outside the arena at once."""
     seconds: float
+
+    @classmethod
+    def of_all_ranks(cls, reports: Sequence["ReshardReport"]) -> "ReshardReport":
+        """The slowest and largest of what each rank did."""
+        return cls(
+            received_bytes=max(report.received_bytes for report in reports),
+            redundant_bytes=max(report.redundant_bytes for report in reports),
+            staged_bytes=max(report.staged_bytes for report in reports),
+            seconds=max(report.seconds for report in reports),
+        )
 
 
 class Resharder:
@@ -65,6 +77,7 @@ class Resharder:
             pass
         return ReshardReport(
             received_bytes=self._received,
+            redundant_bytes=self._arena.part.traffic.redundant,
             staged_bytes=self._staged,
             seconds=time.perf_counter() - start,
         )
@@ -78,6 +91,7 @@ class Resharder:
         """
         if self._arena.is_current:
             return
+        self._arena.acquire()
         in_flight: deque[_InFlight] = deque()
         for step in self._arena.part.steps:
             while in_flight and not self._fits(in_flight, step):

@@ -4,10 +4,14 @@ The paper's `DeepSpeedRLHFEngine`. The actor both trains and generates; the crit
 reference (the actor's start) and the reward model only run forward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from megachat.errors import ConfigError, LayoutError
 from megachat.hybrid.engine import HybridEngine
+from megachat.hybrid.phases import MemoryMeasures
+from megachat.parallel.memory import MovableTensors
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
@@ -23,9 +27,12 @@ class RLHFEngine:
     """The policy that the KL penalty holds the actor to."""
     reward: ForwardEngine
     """Scores finished responses."""
+    measures: MemoryMeasures = MemoryMeasures()
+    """What leaves the device when it is not in use; the actor has its own copy of them."""
+    _scorers: list[MovableTensors] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Checks that the four models fit together.
+        """Checks that the four models fit together; sends the scorers away if they are to wait.
 
         Raises:
             LayoutError: Two roles' layouts have different world sizes.
@@ -50,3 +57,33 @@ class RLHFEngine:
                     f"the {name} has {config.vocab_size} vocabulary rows, the actor "
                     f"{policy.model.config.vocab_size}: all roles need one tokenizer"
                 )
+        if self.measures.offload_scorers:
+            for engine in (self.reference, self.reward):
+                weights = MovableTensors(engine.model.parameters(), constant=True)
+                weights.to_host()
+                self._scorers.append(weights)
+
+    def eval(self) -> None:
+        """The generation phase: makes room, then lays the actor's weights out for generation."""
+        self.critic.pause(offload_state=self.measures.offload_critic, lend_gradients=False)
+        try:
+            self.actor.eval()
+        except BaseException:
+            self.critic.resume()
+            raise
+
+    def train(self) -> None:
+        """The training phase: everything that made room for generation comes back."""
+        self.actor.train()
+        self.critic.resume()
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A block in which reference and reward model can run."""
+        for weights in self._scorers:
+            weights.restore()
+        try:
+            yield
+        finally:
+            for weights in self._scorers:
+                weights.to_host()

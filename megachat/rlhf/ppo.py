@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from megachat.generation.sampling import SamplingConfig
+from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rng import generator_for, seed_for
 from megachat.records import Experience, PromptBatch, Rollout
+from megachat.reshard.execute import ReshardReport
 from megachat.rlhf.advantages import (
     explained_variance,
     generalized_advantages,
@@ -119,22 +121,23 @@ class PPOTrainer:
         for batch in batches:
             prompts = batch if batch.num_rows <= left else batch.select(torch.arange(left))
             rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
-            self.normalizer.calibrate(self._scores(rollout))
+            with self.engine.scoring():
+                scores = self._scores(rollout)
+            self.normalizer.calibrate(scores)
             left -= prompts.num_rows
             if not left:
                 return
 
     def generate(self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int) -> Rollout:
         """A generation phase of the actor: reshard, sample a response to every prompt, go back."""
-        actor = self.engine.actor
         with self._timers.phase("reshard"):
-            actor.eval()
+            self.engine.eval()
         try:
             with self._timers.phase("generate"):
-                return actor.generator.generate(prompts, sampling=sampling, seed=seed)
+                return self.engine.actor.generator.generate(prompts, sampling=sampling, seed=seed)
         finally:
             with self._timers.phase("reshard"):
-                actor.train()
+                self.engine.train()
 
     def generate_experience(self, prompts: PromptBatch) -> PpoExperience:
         """Samples a response to every prompt and scores it with all four roles.
@@ -143,7 +146,7 @@ class PPOTrainer:
         """
         seed = seed_for(self._seed, "rollout", self._iteration)
         rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
-        with self._timers.phase("score"):
+        with self._timers.phase("score"), self.engine.scoring():
             logprobs, ref_logprobs = self._both_logprobs(
                 rollout, temperature=self.sampling.temperature
             )
@@ -165,8 +168,10 @@ class PPOTrainer:
             rollout: Responses of the present actor.
             temperature: The one they were sampled at.
         """
-        logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
-        return RolloutStatistics(scores=self._scores(rollout), log_ratios=logprobs - ref_logprobs)
+        with self.engine.scoring():
+            logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
+            scores = self._scores(rollout)
+        return RolloutStatistics(scores=scores, log_ratios=logprobs - ref_logprobs)
 
     def minibatches(self, experience: PpoExperience) -> Iterator[PpoExperience]:
         """The mini-batches of `config.epochs` passes, shuffled anew in each pass."""
@@ -244,7 +249,7 @@ class PPOTrainer:
         )
         mean_kl = float(masked_mean(logprobs - ref_logprobs, mask=mask))
         gap = (logprobs - rollout.logprobs).abs()
-        self.experience_metrics = {
+        self.experience_metrics = self._reshard_metrics() | {
             "rlhf/score": float(scores.mean()),
             "rlhf/standardized_score": float(standardized.mean()),
             "rlhf/reward": float(rewards.sum(dim=1).mean()),
@@ -274,6 +279,19 @@ class PPOTrainer:
             score_mean=score_mean,
             score_std=score_std,
         )
+
+    def _reshard_metrics(self) -> dict[str, float]:
+        """The latest phase change of the actor, the slowest and largest of all ranks."""
+        mine = self.engine.actor.last_reshard
+        assert mine is not None, "a rollout comes out of a generation phase"
+        report = ReshardReport.of_all_ranks(all_gather_objects(mine))
+        return {
+            "perf/reshard_seconds": report.seconds,
+            "perf/reshard_received_bytes": report.received_bytes,
+            "perf/reshard_redundant_bytes": report.redundant_bytes,
+            "perf/offloaded_bytes": self.engine.actor.last_pause.offloaded_bytes,
+            "perf/lent_bytes": self.engine.actor.last_pause.lent_bytes,
+        }
 
     def _both_logprobs(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs of the response tokens under the actor and under the reference."""

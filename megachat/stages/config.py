@@ -13,6 +13,7 @@ from megachat.data.tokenizer import SentencePieceConfig
 from megachat.errors import ConfigError
 from megachat.generation.generator import GenerationConfig
 from megachat.generation.sampling import SamplingConfig
+from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import (
     ModelOptions,
     NormBackend,
@@ -219,6 +220,8 @@ class RlhfSection(_LoopSection):
     """Tensor degree the actor generates with; None is the one it trains with. Pipeline stages are
     gathered for generation, and every rank generates."""
     generation: GenerationConfig = GenerationConfig()
+    memory: MemoryMeasures = MemoryMeasures()
+    """What leaves the device to make room for generation."""
     sampling: SamplingConfig = SamplingConfig()
     ppo: PpoConfig = PpoConfig()
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)

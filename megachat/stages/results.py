@@ -24,6 +24,23 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReshardCost:
+    """What a change from training to generation weights took, mean of `count` changes.
+
+    Of each change the slowest rank and the rank with the most bytes count.
+    """
+
+    train: str
+    """Layout."""
+    generate: str
+    """Layout."""
+    count: int
+    seconds: float
+    received_bytes: float
+    redundant_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
     """The outcome of a completed stage."""
 
@@ -34,6 +51,8 @@ class StageResult:
     """Figures for the summary, by name."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     replies: list[Reply] = field(default_factory=list)
+    reshard: ReshardCost | None = None
+    """Of a stage that generates."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -83,7 +102,10 @@ def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | Non
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         replies = [Reply(**reply) for reply in values.pop("replies")]
-        result = StageResult(replies=replies, **values)
+        reshard = values.pop("reshard", None)
+        result = StageResult(
+            replies=replies, reshard=None if reshard is None else ReshardCost(**reshard), **values
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not a stage result ({error}): delete the folder {folder} to run it again"

@@ -1,7 +1,9 @@
 """Step 3, PPO: the actor learns to say what the reward model likes, close to the reference."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from statistics import fmean
 
 from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
@@ -10,6 +12,7 @@ from megachat.data.stage_data import build_stage_data
 from megachat.data.tokenizer import Tokenizer
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, vocab_multiple_for
+from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.engine import RLHFEngine
@@ -23,7 +26,7 @@ from megachat.stages.evaluation import (
     evaluate_policy,
 )
 from megachat.stages.loop import export_files, held_out_batches
-from megachat.stages.results import Reply, StageResult, write_json
+from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
 from megachat.stages.roles import load_model
 from megachat.telemetry.metrics import MetricsSink
 from megachat.telemetry.progress import StageProgress
@@ -69,8 +72,10 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
             before = evaluate()
         with timers.phase("calibrate"):
             trainer.calibrate(loader)
+        steps = []
         for step, prompts in zip(range(num_steps), endless(loader), strict=False):
-            progress.advance(ppo_step(trainer, prompts, step=step, metrics=metrics))
+            steps.append(ppo_step(trainer, prompts, step=step, metrics=metrics))
+            progress.advance(steps[-1])
         with timers.phase("evaluate"):
             after = evaluate()
     with timers.phase("save"):
@@ -88,6 +93,7 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
         seconds=time.monotonic() - started,
         metrics={**figures, "steps": num_steps},
         phase_seconds=timers.self_totals(),
+        reshard=_reshard_cost(context, steps),
         replies=_replies(before, after, count=config.samples),
     )
 
@@ -144,6 +150,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
                 total_steps=num_updates,
                 seed=seed,
                 generation=config.generation,
+                measures=config.memory,
                 ranks_per_node=context.config.launch.processes,
             ),
             stop_ids=(tokenizer.eos_id,),
@@ -158,6 +165,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         ),
         reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
         reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
+        measures=config.memory,
     )
 
 
@@ -165,6 +173,24 @@ def unspeakable_ids(tokenizer: Tokenizer, *, vocab_size: int) -> list[int]:
     """Ids that no reply may hold: control tokens but the end, and rows without a token (OPT: 7)."""
     controls = [control for control in tokenizer.special_ids if control != tokenizer.eos_id]
     return controls + list(range(tokenizer.vocab_size, vocab_size))
+
+
+def _reshard_cost(context: RunContext, steps: Sequence[Mapping[str, float]]) -> ReshardCost:
+    """What a phase change of the actor took on average over the steps."""
+    actor, world_size = context.config.models.actor, context.worker.world_size
+    degree = context.config.rlhf.generation_degree(actor)
+
+    def mean(name: str) -> float:
+        return fmean(values[f"perf/reshard_{name}"] for values in steps)
+
+    return ReshardCost(
+        train=str(actor.layout(world_size)),
+        generate=str(ParallelLayout.for_world(world_size, tensor=degree)),
+        count=len(steps),
+        seconds=mean("seconds"),
+        received_bytes=mean("received_bytes"),
+        redundant_bytes=mean("redundant_bytes"),
+    )
 
 
 def _replies(before: PolicyEvaluation, after: PolicyEvaluation, *, count: int) -> list[Reply]:

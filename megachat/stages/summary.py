@@ -46,7 +46,11 @@ def write_run_report(config: RunConfig, *, command: str, duration_s: float) -> N
         command=command,
         duration_s=duration_s,
         highlights=list(_highlights(done)),
-        tables=[table for table in (_stage_table(done), _policy_table(rlhf)) if table is not None],
+        tables=[
+            table
+            for table in (_stage_table(done), _policy_table(rlhf), _reshard_table(rlhf))
+            if table is not None
+        ],
         samples=[
             Sample(prompt=reply.prompt, before=reply.before, after=reply.after)
             for reply in (rlhf.replies if rlhf is not None else [])
@@ -196,4 +200,20 @@ def _policy_table(result: StageResult | None) -> Table | None:
         title="Held-out prompts, temperature 1",
         header=("", "before PPO", "after PPO"),
         rows=[(name, f"{before:.3f}", f"{after:.3f}") for name, before, after in rows],
+    )
+
+
+def _reshard_table(result: StageResult | None) -> Table | None:
+    """What it took to turn the actor's training weights into generation weights."""
+    if result is None or result.reshard is None:
+        return None
+    cost = result.reshard
+    return Table(
+        title=f"Reshard of the actor, {cost.train} -> {cost.generate}, mean of {cost.count}",
+        header=("of the rank with the most", "a phase change"),
+        rows=[
+            ("milliseconds", f"{1000 * cost.seconds:.1f}"),
+            ("bytes received", f"{cost.received_bytes:,.0f}"),
+            ("bytes held twice", f"{cost.redundant_bytes:,.0f}"),
+        ],
     )

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from torch import Tensor
 
+from megachat.errors import PhaseError
 from megachat.model.opt import OptModel
 from megachat.parallel.collectives import (
     all_gather_rows,
@@ -27,6 +28,7 @@ from megachat.parallel.collectives import (
     broadcast,
 )
 from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.memory import MovableTensors
 from megachat.parallel.rng import seed_for
 from megachat.records import Batch
 from megachat.training.loss import LossFunction
@@ -62,6 +64,16 @@ class LossReport:
 
     loss: float
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PauseReport:
+    """What a pause of training makes free on this rank's device."""
+
+    offloaded_bytes: int = 0
+    """Masters and moments, which are in host memory."""
+    lent_bytes: int = 0
+    """Gradients without content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,6 +233,10 @@ class ForwardEngine:
             if pipelined
             else forward_backward_no_pipelining
         )
+        if not next(self.model.parameters()).untyped_storage().nbytes():
+            raise PhaseError(
+                "the weights of this role are in host memory: bring them back before they run"
+            )
         rows, seq = micro_batches[0].tokens.shape
         transfers = _PlannedTransfers(self.model, micro_batches) if pipelined else None
         collected: list[Any] = schedule(
@@ -292,11 +308,55 @@ class TrainEngine(ForwardEngine):
         self._total_steps = total_steps
         self._seed = seed
         self._has_gradient = False
+        self._state, self._gradients = MovableTensors(()), MovableTensors(())
+        self._is_paused = False
         self.steps_done = 0
+
+    def pause(self, *, offload_state: bool, lend_gradients: bool) -> PauseReport:
+        """Frees memory of the device that only training needs, until `resume`.
+
+        Scoring goes on: it needs the weights alone.
+
+        Args:
+            offload_state: Masters and moments move to the host.
+            lend_gradients: The gradient buffers, which hold nothing between a step and the next
+                backward pass, give their memory to whoever allocates next.
+
+        Raises:
+            PhaseError: There is a gradient that no step has used.
+        """
+        if self._has_gradient:
+            raise PhaseError("a gradient waits for its step: call step() before training pauses")
+        if not self._is_paused:
+            self._state = self._movable(self._zero1.state_tensors() if offload_state else [])
+            self._gradients = MovableTensors(
+                self._zero1.gradient_buffers() if lend_gradients else ()
+            )
+            self._state.to_host()
+            self._gradients.discard()
+            self._is_paused = True
+        return PauseReport(
+            offloaded_bytes=self._state.num_bytes, lent_bytes=self._gradients.num_bytes
+        )
+
+    def resume(self) -> None:
+        """Takes back what `pause` freed; training goes on as if nothing had been."""
+        self._state.restore()
+        self._gradients.restore()
+        self._is_paused = False
+
+    def _movable(self, state: list[Tensor]) -> MovableTensors:
+        """The state as it is to be moved; the host's memory is used again unless it has grown."""
+        movable = MovableTensors(state)
+        return self._state if self._state.holds_what(movable) else movable
 
     def forward_backward(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
         """The gradient of a global batch's loss, reduced over data ranks; `step` uses it up."""
         assert not self._has_gradient, "each forward_backward needs its own step"
+        if self._is_paused:
+            raise PhaseError(
+                "the optimizer's memory is given away for a generation phase: call train() first"
+            )
         self._has_gradient = True
         self.model.train()
         _, micro_batches = self._cut(batch, loss)

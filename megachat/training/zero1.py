@@ -29,6 +29,9 @@ from megachat.training.storage import FlatStorage
 _BUCKET_ELEMENTS = 2**26
 """Elements that DeepSpeed reduces or gathers in one call: 256 MiB of fp32."""
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments in torch's optimizer state."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepReport:
@@ -144,6 +147,25 @@ class Zero1Optimizer:
         self._optimizer.refresh_fp32_params()
         if self._storage is not None:
             self._storage.weights_changed()
+
+    def state_tensors(self) -> list[Tensor]:
+        """This rank's fp32 masters and, once a step was made, both moments of each."""
+        optimizer = self._optimizer
+        masters: list[Tensor] = (
+            optimizer.fp32_groups_flat_partition
+            if self._is_bf16
+            else optimizer.single_partition_of_fp32_groups
+        )
+        states = [optimizer.optimizer.state.get(master, {}) for master in masters]
+        moments = [state[name] for state in states for name in _MOMENTS if name in state]
+        return [*masters, *moments]
+
+    def gradient_buffers(self) -> list[Tensor]:
+        """fp32 gradients that are kept between steps, all zero after one; fp32 training has none.
+
+        DeepSpeed's optimizer for fp32 models allocates gradients in each backward pass.
+        """
+        return list(self._optimizer.fp32_groups_gradients_flat) if self._is_bf16 else []
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """All tensors of the weights that a `FlatStorage` must own, for a check that it does.

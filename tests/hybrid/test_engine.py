@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megachat.errors import LayoutError, PhaseError
 from megachat.generation.generator import GenerationConfig
 from megachat.generation.sampling import SamplingConfig
-from megachat.hybrid.engine import HybridEngine, HybridSettings, Phase
+from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import ProcessGroups
@@ -70,7 +71,12 @@ def sft_batch(step: int) -> SftBatch:
 
 
 def build(
-    config: OptConfig, layout: ParallelLayout, generation_tensor: int, dtype: torch.dtype
+    config: OptConfig,
+    layout: ParallelLayout,
+    generation_tensor: int,
+    dtype: torch.dtype,
+    *,
+    measures: MemoryMeasures | None = None,
 ) -> HybridEngine:
     multiple = vocab_multiple_for(layout.tensor, generation_tensor)
     model = OptModel(
@@ -87,6 +93,7 @@ def build(
         total_steps=100,
         seed=0,
         generation=GenerationConfig(kv_cache_gb=2e-4, block_size=4, max_sequences=3),
+        measures=measures or MemoryMeasures(),
     )
     return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
 

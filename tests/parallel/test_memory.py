@@ -11,6 +11,7 @@ from megachat.errors import ConfigError, KernelError
 from megachat.parallel.memory import (
     PAGE_BYTES,
     AddressStableBuffer,
+    MovableTensors,
     ReallocatedBuffer,
     phase_memory,
 )
@@ -133,3 +134,57 @@ def test_ordinary_memory_comes_and_goes_behind_the_same_views() -> None:
 def test_each_kind_of_device_gets_the_memory_that_suits_it() -> None:
     assert isinstance(phase_memory(PAGE_BYTES, CPU), AddressStableBuffer)
     assert isinstance(phase_memory(PAGE_BYTES, torch.device("meta")), ReallocatedBuffer)
+
+
+def test_tensors_come_back_from_the_host_behind_the_views_of_them() -> None:
+    base = torch.arange(24, dtype=torch.float32)
+    view, other = base.view(4, 6)[1:3], torch.full((5,), 2, dtype=torch.bfloat16)
+    expected = view.clone(), other.clone()
+    movable = MovableTensors([base, view, other])
+    assert movable.num_bytes == movable.device_bytes == 24 * 4 + 5 * 2
+    for _ in range(2):
+        movable.to_host()
+        movable.to_host()
+        assert movable.device_bytes == 0 and movable.num_bytes == 106
+        movable.restore()
+        movable.restore()
+        assert movable.device_bytes == 106
+        assert torch.equal(view, expected[0]) and torch.equal(other, expected[1])
+        view += 1  # the next way carries what was written since
+        expected = view.clone(), other.clone()
+
+
+def test_discarded_tensors_come_back_as_zeros() -> None:
+    tensor = torch.ones(6)
+    movable = MovableTensors([tensor])
+    movable.discard()
+    assert movable.device_bytes == 0
+    movable.restore()
+    assert torch.equal(tensor, torch.zeros(6))
+
+
+def test_constant_tensors_travel_to_the_host_once() -> None:
+    tensor = torch.ones(6)
+    movable = MovableTensors([tensor], constant=True)
+    movable.to_host()
+    movable.restore()
+    tensor.fill_(5.0)  # against the promise: shows that the first copy is what returns
+    movable.to_host()
+    movable.restore()
+    assert torch.equal(tensor, torch.ones(6))
+
+
+def test_memory_is_told_apart_by_its_storages() -> None:
+    first, second = torch.ones(3), torch.ones(3)
+    assert MovableTensors([first]).holds_what(MovableTensors([first[1:]]))
+    assert not MovableTensors([first]).holds_what(MovableTensors([second]))
+
+
+def test_what_has_left_is_no_longer_resident() -> None:
+    tensor = torch.ones(64 * MEBIBYTE, dtype=torch.uint8)
+    movable = MovableTensors([tensor])
+    _return_freed_memory()
+    filled = _resident_set()
+    movable.discard()
+    _return_freed_memory()
+    assert filled - _resident_set() > 60 * MEBIBYTE

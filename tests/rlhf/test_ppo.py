@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megachat.errors import ConfigError
+from megachat.errors import ConfigError, PhaseError
 from megachat.generation.sampling import SamplingConfig
+from megachat.hybrid.phases import MemoryMeasures
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch
 from megachat.rlhf.advantages import generalized_advantages, whiten
 from megachat.rlhf.config import PpoConfig
+from megachat.rlhf.objectives import ValueObjective
+from megachat.rlhf.ppo import StandardizedValueObjective
 from megachat.rlhf.rewards import shape_rewards
 from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
 from megachat.telemetry.timers import PhaseTimers
@@ -38,7 +41,11 @@ class Step:
 
 
 def _step(
-    actor: ParallelLayout, reward: ParallelLayout, generation_tensor: int
+    actor: ParallelLayout,
+    reward: ParallelLayout,
+    generation_tensor: int,
+    dtype: torch.dtype = torch.float32,
+    measures: MemoryMeasures | None = None,
 ) -> tuple[Step, Step]:
     """Two whole PPO steps of two epochs of two mini-batches, the reference another model."""
     config = PpoConfig(reward={"normalization": "running"})
@@ -48,6 +55,8 @@ def _step(
         reward=reward,
         reference_seed=9,
         generation_tensor=generation_tensor,
+        dtype=dtype,
+        measures=measures,
     )
     steps = []
     for first_id in (100, 200):
@@ -56,7 +65,11 @@ def _step(
         steps.append(
             Step(
                 experience=tiny.fields_of(experience),
-                statistics=trainer.experience_metrics,
+                statistics={
+                    name: value
+                    for name, value in trainer.experience_metrics.items()
+                    if not name.startswith("perf/")
+                },
                 reports=reports,
                 weights={
                     "actor": tiny.own_weights(trainer.engine.actor.training.model),
@@ -119,6 +132,72 @@ def test_roles_under_layouts_of_their_own_make_the_step_of_a_single_process(
         for name, (_, part) in second.weights["actor"].items()
     ]
     assert max(moved) > 0.01  # the tolerance says something about the updates
+
+
+def _step_with_and_without_measures(dtype: torch.dtype) -> None:
+    measures = MemoryMeasures(
+        offload_optimizer=True, lend_gradients=True, offload_critic=True, offload_scorers=True
+    )
+    layouts = ParallelLayout(tensor=2), ParallelLayout(data=2)
+    plain = _step(*layouts, 1, dtype)
+    for step, expected in zip(_step(*layouts, 1, dtype, measures), plain, strict=True):
+        assert all(map(torch.equal, step.experience.values(), expected.experience.values()))
+        assert (step.statistics, step.reports) == (expected.statistics, expected.reports)
+        for role, parts in step.weights.items():
+            for name, (_, part) in parts.items():
+                assert torch.equal(part, expected.weights[role][name][1]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_leaves_the_device_for_generation_changes_no_bit_of_a_step(dtype: torch.dtype) -> None:
+    run_ranks(2, _step_with_and_without_measures, dtype)
+
+
+def _check_scorers_away() -> None:
+    trainer = tiny.trainer(PpoConfig(), measures=MemoryMeasures(offload_scorers=True))
+    engine = trainer.engine
+    scorers = (engine.reference, engine.reward)
+
+    def resident() -> int:
+        return sum(
+            weight.untyped_storage().nbytes()
+            for scorer in scorers
+            for weight in scorer.model.parameters()
+        )
+
+    assert resident() == 0
+    rollout = trainer.generate(tiny.prompts(LENGTHS), sampling=tiny.SAMPLING, seed=0)
+    with pytest.raises(PhaseError, match="host memory"):
+        engine.reward.score(rollout, FinalScores())
+    with engine.scoring():
+        assert resident() > 0
+        scores = engine.reward.score(rollout, FinalScores())
+    assert resident() == 0
+    assert torch.equal(trainer.measure(rollout, temperature=1.0).scores, scores[:, 0])
+    assert resident() == 0
+
+
+def test_scorers_are_in_host_memory_except_while_they_score() -> None:
+    run_ranks(1, _check_scorers_away)
+
+
+def _check_critic_away() -> None:
+    config = PpoConfig(reward={"normalization": "none"})
+    trainer = tiny.trainer(config, measures=MemoryMeasures(offload_critic=True))
+    experience = trainer.generate_experience(tiny.prompts(LENGTHS))
+    trainer.engine.eval()
+    critic = trainer.engine.critic
+    with pytest.raises(PhaseError, match="given away"):
+        critic.forward_backward(experience, ValueObjective.for_batch(experience, trainer.config))
+    trainer.engine.train()
+    assert critic.forward_backward(
+        experience, StandardizedValueObjective.for_batch(experience, trainer.config)
+    ).loss
+    critic.step()
+
+
+def test_the_critic_cannot_train_while_its_state_is_away() -> None:
+    run_ranks(1, _check_critic_away)
 
 
 def test_f7_old_and_new_log_probs_are_the_same_function_of_the_weights() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from megachat.generation.generator import GenerationConfig
 from megachat.generation.sampling import SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.hybrid.phases import MemoryMeasures
 from megachat.model import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import ProcessGroups
@@ -78,6 +79,7 @@ def trainer(
     rows: int = 3,
     generation_tensor: int | None = None,
     timers: PhaseTimers | None = None,
+    measures: MemoryMeasures | None = None,
 ) -> PPOTrainer:
     """All four roles on this world; `actor` is also the reference's layout, `reward` the critic's.
 
@@ -93,6 +95,7 @@ def trainer(
         rows: Rows of a micro-batch.
         generation_tensor: Tensor degree the actor generates with; None is its training degree.
         timers: Where the phases are measured; None makes new ones.
+        measures: What leaves the device for generation; None is nothing.
     """
     layouts = {actor or ParallelLayout(), reward or ParallelLayout()}
     groups = {layout: ProcessGroups.create(layout) for layout in sorted(layouts, key=str)}
@@ -118,6 +121,7 @@ def trainer(
                 total_steps=100,
                 seed=seed,
                 generation=GenerationConfig(kv_cache_gb=0.01, block_size=8),
+                measures=measures or MemoryMeasures(),
             ),
             stop_ids=STOPS,
             suppressed_ids=(PAD,),
@@ -127,6 +131,7 @@ def trainer(
             opt_model(policy_groups, Head.LANGUAGE_MODEL, seed=reference_seed, dtype=dtype)
         ),
         reward=forward_engine(opt_model(score_groups, Head.SCALAR, dtype=dtype)),
+        measures=measures or MemoryMeasures(),
     )
     return PPOTrainer(
         engine, config=config, sampling=sampling, seed=seed, timers=timers or PhaseTimers()

@@ -37,6 +37,7 @@ def _fingerprints(*overrides: str) -> dict[str, str]:
         "models.reward.pipeline=2",
         "models.reward.recompute=full",
         "models.actor.micro_batch_rows=2",
+        "rlhf.memory.offload_optimizer=true",
         "data.cache_dir=elsewhere",
         "run.output=elsewhere",
         "run.title=another",

@@ -11,6 +11,7 @@ from megachat.errors import CheckpointError, ConfigError
 from megachat.stages.results import (
     RESULT_FILE,
     Reply,
+    ReshardCost,
     StageResult,
     fingerprint,
     read_result,
@@ -24,6 +25,14 @@ RESULT = StageResult(
     metrics={"perplexity_after": 3.25, "steps": 7},
     phase_seconds={"generate": 4.0},
     replies=[Reply(prompt="hi", before="no", after="yes\n")],
+    reshard=ReshardCost(
+        train="tp2.pp2.dp1",
+        generate="tp2.pp1.dp2",
+        count=3,
+        seconds=0.25,
+        received_bytes=4096.0,
+        redundant_bytes=0.0,
+    ),
 )
 
 
@@ -54,6 +63,15 @@ def test_figures_that_are_not_numbers_come_back(tmp_path: Path) -> None:
         json.dumps({"fingerprint": "abc", "seconds": 1, "metrics": {}, "replies": [{"prompt": 1}]}),
         json.dumps({"fingerprint": "abc", "seconds": 1, "metrics": {}, "replies": [], "more": 1}),
         json.dumps({"seconds": 1, "metrics": {}, "replies": []}),
+        json.dumps(
+            {
+                "fingerprint": "abc",
+                "seconds": 1,
+                "metrics": {},
+                "replies": [],
+                "reshard": {"seconds": 1},
+            }
+        ),
         "\udcff",
     ],
 )

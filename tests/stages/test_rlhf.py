@@ -127,6 +127,10 @@ def test_the_result_has_replies_and_the_time_of_every_phase(finished: RunConfig)
     phases = result["phase_seconds"]
     assert {"generate", "score", "train actor", "train critic", "save"} <= set(phases)
     assert 0 < sum(phases.values()) <= result["seconds"]
+    reshard = result["reshard"]
+    assert (reshard["train"], reshard["generate"]) == ("tp1.pp1.dp1", "tp1.pp1.dp1")
+    assert reshard["count"] == 2 and reshard["seconds"] > 0
+    assert reshard["received_bytes"] == reshard["redundant_bytes"] == 0  # one rank has it all
 
 
 def test_every_step_records_the_statistics_of_rollout_and_updates(finished: RunConfig) -> None:
@@ -143,6 +147,9 @@ def test_every_step_records_the_statistics_of_rollout_and_updates(finished: RunC
         "ppo/entropy",
         "ppo/ratio_max",
         "perf/response_tokens_per_second",
+        "perf/reshard_seconds",
+        "perf/reshard_received_bytes",
+        "perf/reshard_redundant_bytes",
     ):
         assert [step for step, _ in history.series(name)] == [0, 1], name
     gaps = [gap for _, gap in history.series("rlhf/rollout_logprob_gap")]

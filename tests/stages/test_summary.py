@@ -7,9 +7,18 @@ import pytest
 from megachat.data.config import Stage
 from megachat.stages.config import RunConfig
 from megachat.stages.context import prepare_output, stage_fingerprint, stage_folder
-from megachat.stages.results import Reply, StageResult, write_result
+from megachat.stages.results import Reply, ReshardCost, StageResult, write_result
 from megachat.stages.summary import write_run_report
 from tests.stages import tiny_run
+
+RESHARD = ReshardCost(
+    train="tp2.pp2.dp2",
+    generate="tp2.pp1.dp4",
+    count=12,
+    seconds=0.01234,
+    received_bytes=1234567.0,
+    redundant_bytes=0.0,
+)
 
 
 def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
@@ -19,6 +28,7 @@ def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
         metrics={**metrics, "steps": 12},
         phase_seconds={"generate": 30.0, "train actor": 10.0},
         replies=[Reply(prompt="how are you", before="bad [b]x[/b]", after="very <well>")],
+        reshard=RESHARD if stage is Stage.PROMPTS else None,
     )
 
 
@@ -71,11 +81,15 @@ def test_all_stages_are_summed_up_with_their_figures(tmp_path: Path) -> None:
         "tokens per reply 9.100 8.400",
         "distinct-2 of the replies 0.710 0.690",
         "generate 30.0 s 75.0 %",
+        "Reshard of the actor, tp2.pp2.dp2 -> tp2.pp1.dp4, mean of 12",
+        "milliseconds 12.3",
+        "bytes received 1,234,567",
+        "bytes held twice 0",
     ):
         assert row.split() in rows, row
     for line in ("prompt  how are you", "before  bad [b]x[/b]", "after   very <well>"):
         assert line in text.splitlines()
-    for figure in ("41.3", "87.2%", "+0.93 SD", "0.123", "+0.260", "0.210 to 0.310"):
+    for figure in ("41.3", "87.2%", "+0.93 SD", "0.123", "+0.260", "0.210 to 0.310", "1,234,567"):
         assert figure in html, figure
     assert "megachat train --config x.toml" in html and "very &lt;well&gt;" in html
     for folder in ("sft", "reward", "rlhf"):
@@ -88,7 +102,7 @@ def test_a_run_that_has_done_one_stage_is_summed_up_too(tmp_path: Path) -> None:
     write_result(stage_folder(config, Stage.SFT), _result(config, Stage.SFT, **SFT))
     text, html = _report(config)
     assert "130.0 -> 41.3" in text and "41.3" in html
-    assert "Held-out prompts" not in text and "Score gain" not in html
+    assert "Reshard" not in text and "Held-out prompts" not in text and "Score gain" not in html
 
 
 def test_without_a_judge_no_truth_is_reported(tmp_path: Path) -> None:

@@ -121,6 +121,31 @@ def test_each_rank_keeps_its_share_of_the_optimizer_state() -> None:
     assert 33 <= 3 * elements[0] <= 33 + 2 * 6, "both flat buffers are padded to whole shares"
 
 
+def _tensors_that_may_leave(dtype: torch.dtype) -> list[tuple[int, int]]:
+    """(elements of state, elements of gradients) before and after the first step."""
+    model = _Model(dtype)
+    optimizer = _optimizer(model)
+    found = []
+    for step in range(2):
+        gradients = optimizer.gradient_buffers()
+        assert all(not gradient.any() for gradient in gradients)
+        state = optimizer.state_tensors()
+        assert {tensor.dtype for tensor in [*state, *gradients]} == {torch.float32}
+        found.append((sum(map(Tensor.numel, state)), sum(map(Tensor.numel, gradients))))
+        _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+        optimizer.reduce_gradients()
+        optimizer.step(0.1)
+    return found
+
+
+def test_state_and_dead_gradients_are_those_of_adamw_and_of_bf16_training() -> None:
+    """22 and 11 elements, each padded to two for every one of two ranks: 24 and 12."""
+    for found in run_ranks(2, _tensors_that_may_leave, torch.bfloat16):
+        assert found == [(18, 36), (54, 36)]
+    for found in run_ranks(2, _tensors_that_may_leave, torch.float32):
+        assert found == [(18, 0), (54, 0)]
+
+
 def _accumulate_in_bf16_model() -> dict[str, float]:
     """On every rank 1 + 256 x 2^-9: in bf16 the small terms would vanish beside the 1."""
     model = _Model(torch.bfloat16)

@@ -1,0 +1,243 @@
+"""The one place for address-stable memory on CUDA devices: the driver's virtual memory functions.
+
+An address range is reserved once; physical memory is mapped behind it in granules and unmapped
+again between phases, so that views, communicators and CUDA graphs keep their addresses. The
+functions are those of "Virtual Memory Management" in the CUDA driver API (`cuMemAddressReserve`,
+`cuMemCreate`, `cuMemMap`, ...), called through ctypes: nothing links against the driver.
+
+No GPU has run this. The tests run it over a stand-in for the driver that maps host memory and
+refuses what the driver refuses.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from megachat.errors import CapacityError, ConfigError, KernelError
+
+_LIBRARY = "libcuda.so.1"
+_OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY."""
+_PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
+"""CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_LOCATION_TYPE_DEVICE and
+CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
+
+
+class AllocationProperties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("requested_handle_types", ctypes.c_int),
+        ("location_type", ctypes.c_int),
+        ("location_id", ctypes.c_int),
+        ("win32_handle_metadata", ctypes.c_void_p),
+        ("compression_type", ctypes.c_ubyte),
+        ("gpu_direct_rdma_capable", ctypes.c_ubyte),
+        ("usage", ctypes.c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    )
+
+
+class AccessDescription(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = (
+        ("location_type", ctypes.c_int),
+        ("location_id", ctypes.c_int),
+        ("flags", ctypes.c_int),
+    )
+
+
+class CudaDriver:
+    """Calls driver functions and turns their status into exceptions."""
+
+    def __init__(self, library: str = _LIBRARY) -> None:
+        """Opens the driver's library.
+
+        Raises:
+            KernelError: There is none.
+        """
+        try:
+            self._functions = ctypes.CDLL(library)
+        except OSError as error:
+            raise KernelError(
+                f"{library}: cannot be opened ({error}): install the NVIDIA driver, or run on the "
+                "CPU"
+            ) from error
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Calls a function that returns a CUresult.
+
+        Raises:
+            CapacityError: The device has no memory left.
+            KernelError: Any other status.
+        """
+        status = self._functions[name](*arguments)
+        if status == _OUT_OF_MEMORY:
+            raise CapacityError(
+                f"{name}: the device is out of memory: lower rlhf.generation.kv_cache_gb, or "
+                "offload more (rlhf.memory)"
+            )
+        if status:
+            raise KernelError(f"{name} failed with CUDA status {status}: see the driver's log")
+
+
+class MappedDeviceBuffer:
+    """A range of device addresses whose physical memory comes and goes in granules."""
+
+    def __init__(
+        self, num_bytes: int, device: torch.device, *, driver: CudaDriver | None = None
+    ) -> None:
+        """Reserves addresses; takes no memory.
+
+        Args:
+            num_bytes: Size, rounded up to granules.
+            device: Where the memory is; its context must exist, as after `torch.cuda.set_device`.
+            driver: None opens the installed one.
+
+        Raises:
+            ConfigError: The size is not positive.
+            KernelError: There is no driver, or it lacks these functions.
+        """
+        if num_bytes <= 0:
+            raise ConfigError(f"a buffer needs at least 1 byte, {num_bytes} were asked for")
+        self.device = device
+        self._driver = driver or CudaDriver()
+        self._properties = AllocationProperties(
+            type=_PINNED, location_type=_ON_DEVICE, location_id=device.index or 0
+        )
+        granule = ctypes.c_size_t()
+        self._driver.call(
+            "cuMemGetAllocationGranularity",
+            ctypes.byref(granule),
+            ctypes.byref(self._properties),
+            ctypes.c_int(0),
+        )
+        self.granule_bytes = granule.value
+        self._mapped = [False] * -(-num_bytes // granule.value)
+        self.num_bytes = len(self._mapped) * granule.value
+        address = ctypes.c_uint64()
+        self._driver.call(
+            "cuMemAddressReserve",
+            ctypes.byref(address),
+            ctypes.c_size_t(self.num_bytes),
+            ctypes.c_size_t(0),
+            ctypes.c_uint64(0),
+            ctypes.c_uint64(0),
+        )
+        self.address = address.value
+        storage = torch._C._construct_storage_from_data_pointer(
+            self.address, device, self.num_bytes
+        )
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+    def tensor(self) -> Tensor:
+        """The whole buffer, `[num_bytes]` uint8; only what is mapped may be touched.
+
+        The addresses are reserved for the life of the process: views may outlive this object.
+        """
+        return self._bytes
+
+    def acquire(self, start: int = 0, stop: int | None = None) -> None:
+        """Maps memory behind a range of bytes; content is undefined where it was not mapped.
+
+        Args:
+            start: First byte of the range.
+            stop: First byte after it; None means the end of the buffer.
+
+        Raises:
+            ConfigError: The range does not lie within the buffer.
+            CapacityError: The device has no memory left; what this call mapped is given back.
+        """
+        first, last = self._range(start, stop)
+        wanted = range(first // self.granule_bytes, -(-last // self.granule_bytes))
+        new = [number for number in wanted if not self._mapped[number]]
+        try:
+            for number in new:
+                self._map(number)
+            for run in _runs(new):
+                self._allow_access(run)
+        except (CapacityError, KernelError):
+            for number in new:
+                if self._mapped[number]:
+                    self._unmap(number)
+            raise
+
+    def release(self, start: int = 0, stop: int | None = None) -> None:
+        """Unmaps the granules that lie wholly within a range of bytes; addresses stay.
+
+        Raises:
+            ConfigError: The range does not lie within the buffer.
+        """
+        first, last = self._range(start, stop)
+        self._finish_work()
+        for number in range(-(-first // self.granule_bytes), last // self.granule_bytes):
+            if self._mapped[number]:
+                self._unmap(number)
+
+    def resident_bytes(self) -> int:
+        """Bytes of physical memory behind the buffer."""
+        return sum(self._mapped) * self.granule_bytes
+
+    def _map(self, number: int) -> None:
+        handle = ctypes.c_uint64()
+        size = ctypes.c_size_t(self.granule_bytes)
+        self._driver.call(
+            "cuMemCreate",
+            ctypes.byref(handle),
+            size,
+            ctypes.byref(self._properties),
+            ctypes.c_uint64(0),
+        )
+        try:
+            self._driver.call(
+                "cuMemMap", self._at(number), size, ctypes.c_size_t(0), handle, ctypes.c_uint64(0)
+            )
+            self._mapped[number] = True
+        finally:
+            # What is mapped lives until it is unmapped; the handle is not needed again.
+            self._driver.call("cuMemRelease", handle)
+
+    def _unmap(self, number: int) -> None:
+        self._driver.call("cuMemUnmap", self._at(number), ctypes.c_size_t(self.granule_bytes))
+        self._mapped[number] = False
+
+    def _allow_access(self, run: range) -> None:
+        description = AccessDescription(
+            location_type=_ON_DEVICE, location_id=self.device.index or 0, flags=_READ_WRITE
+        )
+        self._driver.call(
+            "cuMemSetAccess",
+            self._at(run.start),
+            ctypes.c_size_t(len(run) * self.granule_bytes),
+            ctypes.byref(description),
+            ctypes.c_size_t(1),
+        )
+
+    def _at(self, number: int) -> ctypes.c_uint64:
+        """Address of a granule."""
+        return ctypes.c_uint64(self.address + number * self.granule_bytes)
+
+    def _range(self, start: int, stop: int | None) -> tuple[int, int]:
+        last = self.num_bytes if stop is None else stop
+        if not 0 <= start <= last <= self.num_bytes:
+            raise ConfigError(
+                f"bytes {start} to {last} are no range of a buffer of {self.num_bytes} bytes"
+            )
+        return start, last
+
+    def _finish_work(self) -> None:
+        """Waits for kernels that may still read what is about to be unmapped."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _runs(numbers: list[int]) -> Iterator[range]:
+    """Neighbouring ascending numbers together."""
+    for _, group in groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
+        members = [number for _, number in group]
+        yield range(members[0], members[-1] + 1)

@@ -1,0 +1,217 @@
+"""The flagship: what paged decode says about a token is what training says about it.
+
+For every pair of layouts, over ragged prompts, responses that end early, equal prompts that share
+their blocks, two samples of each prompt, and a cache so small that sequences are preempted and
+computed again. In fp32 the tokens themselves are those of one rank with room for everything.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megachat.generation.generator import GenerationConfig
+from megachat.generation.kv_cache import block_bytes
+from megachat.generation.sampling import SamplingConfig
+from megachat.generation.session import SessionStatistics
+from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
+from megachat.model.opt import OptModel
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.layout import ParallelLayout
+from megachat.records import PromptBatch, Rollout
+from megachat.rlhf.scoring import ResponseLogprobs
+from megachat.training.schedules import OptimizerConfig
+from tests.harness import run_ranks
+
+PRE_LN = OptConfig(
+    vocab_size=150, max_positions=24, hidden=32, ffn=64, layers=2, heads=4, embed_dim=32,
+    init_std=0.2,
+)  # fmt: skip
+POST_LN = replace(PRE_LN, embed_dim=16, layer_norm_first=False)
+CONFIGS = (PRE_LN, POST_LN)
+SINGLE = (ParallelLayout(), 1)
+PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
+    2: ((ParallelLayout(tensor=2), 1),),
+    4: (
+        (ParallelLayout(tensor=2, pipeline=2), 2),
+        (ParallelLayout(tensor=2, pipeline=2), 4),
+        (ParallelLayout(pipeline=2, data=2), 4),
+        (ParallelLayout(data=4), 1),
+    ),
+    8: (
+        (ParallelLayout(tensor=4, pipeline=2), 2),
+        (ParallelLayout(tensor=2, pipeline=2, data=2), 2),
+        (ParallelLayout(tensor=2, pipeline=2, data=2), 1),
+        (ParallelLayout(tensor=4, data=2), 2),
+    ),
+}
+BLOCK_SIZE, NEW_TOKENS, SAMPLES = 2, 10, 2
+SMALL, LARGE = 11, 1000
+"""Blocks in the cache: one sequence of 12 + 10 tokens fills the small one."""
+RAGGED, MOST_REPLICAS = (3, 12, 1, 6, 11), 8
+EQUAL = 9
+"""Length of the prompts that are all one."""
+STOPS = (2, *range(120, 130))
+"""A fourteenth of the vocabulary, so that some responses end early."""
+FP32_GAP = 1e-5
+BF16_ROUNDING = 2.0**-9
+"""Largest relative error of rounding to bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One generation phase, and what the training layout makes of its tokens."""
+
+    rollout: Rollout
+    gaps: Tensor
+    """[tokens], absolute differences of the log-probs of all response tokens."""
+    statistics: SessionStatistics | None
+    """Of this rank's share."""
+    largest_logit: float = 0.0
+    """Of the single rank alone."""
+
+
+def _prompts(replicas: int) -> PromptBatch:
+    """Ragged prompts, and equal ones so many that some replica is dealt two of them."""
+    lengths = torch.tensor([*RAGGED, *[EQUAL] * (replicas + 1)])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 150, (len(RAGGED) + MOST_REPLICAS + 1, 12), generator=generator)
+    tokens = tokens[: len(lengths)]
+    tokens[len(RAGGED) :] = tokens[len(RAGGED)]
+    return PromptBatch(tokens=tokens, lengths=lengths, ids=torch.arange(len(lengths)) + 40)
+
+
+def _build(
+    config: OptConfig, pair: tuple[ParallelLayout, int], dtype: torch.dtype, *, num_blocks: int
+) -> HybridEngine:
+    layout, degree = pair
+    model = OptModel(
+        config,
+        groups=ProcessGroups.create(layout),
+        head=Head.LANGUAGE_MODEL,
+        options=ModelOptions(dtype=dtype, vocab_multiple=vocab_multiple_for(layout.tensor, degree)),
+        seed=3,
+    )
+    size = block_bytes(config, tensor=degree, block_size=BLOCK_SIZE, dtype=dtype)
+    settings = HybridSettings(
+        generation_tensor=degree,
+        micro_batch_rows=8,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        total_steps=1,
+        seed=0,
+        generation=GenerationConfig(
+            kv_cache_gb=(num_blocks + 0.5) * size / 1e9, block_size=BLOCK_SIZE, max_sequences=32
+        ),
+    )
+    return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
+
+
+def _outcome(
+    hybrid: HybridEngine, pair: tuple[ParallelLayout, int], *, replicas: int | None = None
+) -> Outcome:
+    layout, degree = pair
+    prompts = _prompts(replicas or layout.world_size // degree)
+    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
+    with hybrid.generation() as generator:
+        rollout = generator.generate(prompts, sampling=sampling, seed=5, num_samples=SAMPLES)
+        statistics = generator.statistics
+    score = ResponseLogprobs(
+        response_len=rollout.logprobs.shape[1],
+        temperature=1.0,
+        group=hybrid.training.groups.tensor,
+        vocab_start=hybrid.training.vocab_start,
+    )
+    gaps = (hybrid.training.score(rollout, score) - rollout.logprobs).abs()
+    return Outcome(rollout=rollout, gaps=gaps[rollout.response_mask], statistics=statistics)
+
+
+def _cases(world_size: int) -> list[tuple[int, tuple[ParallelLayout, int], torch.dtype]]:
+    """(architecture, pair, dtype): fp32 with both architectures, bf16 with one by turns."""
+    return [
+        (number, pair, dtype)
+        for position, pair in enumerate(PAIRS[world_size])
+        for number in range(len(CONFIGS))
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype is torch.float32 or number == (position + world_size // 4) % 2
+    ]
+
+
+def _outcomes(world_size: int) -> list[Outcome]:
+    """All cases, with little memory."""
+    return [
+        _outcome(_build(CONFIGS[number], pair, dtype, num_blocks=SMALL), pair)
+        for number, pair, dtype in _cases(world_size)
+    ]
+
+
+@torch.no_grad()
+def _single() -> list[Outcome]:
+    """Both architectures in fp32 on one rank, all prompts at once in a cache that holds them."""
+    outcomes = []
+    for config in CONFIGS:
+        hybrid = _build(config, SINGLE, torch.float32, num_blocks=LARGE)
+        outcome = _outcome(hybrid, SINGLE, replicas=MOST_REPLICAS)
+        logits = hybrid.training.model.eval()(outcome.rollout.tokens)[..., : config.vocab_size]
+        outcomes.append(replace(outcome, largest_logit=logits.abs().max().item()))
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def single() -> list[Outcome]:
+    """The reference, by architecture."""
+    return run_ranks(1, _single)[0]
+
+
+def _answers(rollout: Rollout) -> list[list[int]]:
+    ends = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True)
+    return [row[start:end].tolist() for row, start, end in ends]
+
+
+def _bf16_deviation(config: OptConfig, largest_logit: float) -> float:
+    """Standard deviation of the difference of two bf16 evaluations of one log-prob, from above.
+
+    A layer rounds nine times (two norms, query-key-value, attention, projection, two products of
+    the MLP, the residual stream twice), the head twice. A rounding is uniform within a relative
+    2^-9, of standard deviation 2^-9 / sqrt(3); independent ones add in squares, and move a logit by
+    that share of the largest one. Two paths, and a logit against its normaliser: twice sqrt(2).
+    """
+    roundings = 9 * config.layers + 2
+    return 2 * largest_logit * BF16_ROUNDING / math.sqrt(3) * math.sqrt(roundings)
+
+
+@pytest.mark.parametrize("world_size", PAIRS)
+def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
+    world_size: int, single: list[Outcome]
+) -> None:
+    ranks = run_ranks(world_size, _outcomes, world_size)
+    for (number, pair, dtype), *outcomes in zip(_cases(world_size), *ranks, strict=True):
+        reference, title = single[number], (CONFIGS[number].layer_norm_first, dtype, pair)
+        deviation = _bf16_deviation(CONFIGS[number], reference.largest_logit)
+        assert sum(o.statistics.preemptions for o in outcomes if o.statistics) > 0, title
+        for outcome in outcomes:
+            largest, mean = outcome.gaps.max().item(), outcome.gaps.mean().item()
+            if dtype is torch.bfloat16:  # some hundred tokens: five deviations hold them all
+                assert largest <= 5 * deviation and mean <= deviation, title
+                continue
+            assert largest <= FP32_GAP, title
+            rows = outcome.rollout.num_rows
+            assert _answers(outcome.rollout) == _answers(reference.rollout)[:rows], title
+
+
+def test_the_cases_are_ragged_shared_and_end_early(single: list[Outcome]) -> None:
+    """What the reference run shows of the prompts that the layouts answer."""
+    lengths = _prompts(MOST_REPLICAS).lengths
+    shared = MOST_REPLICAS * ((EQUAL - 1) // BLOCK_SIZE * BLOCK_SIZE)
+    for outcome in single:
+        statistics, rollout = outcome.statistics, outcome.rollout
+        assert statistics is not None and statistics.preemptions == 0
+        assert statistics.prefill_tokens == int(lengths.sum()) - shared
+        assert outcome.gaps.max().item() <= FP32_GAP
+        few = rollout.select(torch.arange(SAMPLES * (len(RAGGED) + 2)))  # of a single replica
+        assert {True, False} == set(few.finished.tolist())
+        assert len(few.response_lengths.unique()) >= 4
+        answers = _answers(few)
+        assert all(a != b for a, b in zip(answers[::2], answers[1::2], strict=True))

@@ -1,0 +1,162 @@
+"""Address-stable device memory over a stand-in for the CUDA driver, compiled from C++ here.
+
+No GPU has run this code. Where CUDA's own header is installed, the stand-in is compiled with it, so
+that signatures and record layouts are the driver's.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.parallel.device_memory import (
+    AccessDescription,
+    AllocationProperties,
+    CudaDriver,
+    MappedDeviceBuffer,
+)
+from megachat.parallel.groups import ProcessGroups
+from megachat.reshard.arena import WeightArena
+from megachat.reshard.execute import Resharder
+from tests.harness import run_ranks
+from tests.reshard.cases import PRE_LN, Case, build_actor
+
+CPU = torch.device("cpu")
+GRANULE = 1 << 16
+WIDE = replace(PRE_LN, hidden=256, ffn=1024, embed_dim=256, layers=2)
+"""Slots of several granules."""
+SOURCE = Path(__file__).with_name("driver_stub.cpp")
+
+
+def cuda_header_folder() -> Path | None:
+    """Where the CUDA toolkit that nvcc belongs to keeps cuda.h."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        return None
+    folders = Path(compiler).resolve().parents[1].glob("**/include")
+    known = [Path("/usr/local/cuda/include"), *folders]
+    return next((folder for folder in known if (folder / "cuda.h").is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("driver") / "libdriver.so"
+    header = cuda_header_folder()
+    options = [] if header is None else ["-DWITH_CUDA_H", f"-I{header}"]
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", *options]
+    subprocess.run([*command, str(SOURCE), "-o", str(target)], check=True)
+    return target
+
+
+@pytest.fixture
+def driver(library: Path) -> Iterator[CudaDriver]:
+    yield CudaDriver(str(library))
+    ctypes.CDLL(str(library)).stub_limit(ctypes.c_longlong(-1))
+
+
+def granules(library: Path) -> tuple[int, int]:
+    """(existing, mapped) granules of all buffers."""
+    stub = ctypes.CDLL(str(library))
+    return int(stub.stub_live_granules()), int(stub.stub_mapped_granules())
+
+
+def test_records_have_the_layout_of_the_driver(library: Path) -> None:
+    stub = ctypes.CDLL(str(library))
+    assert stub.stub_size_of_properties() == ctypes.sizeof(AllocationProperties)
+    assert stub.stub_size_of_access() == ctypes.sizeof(AccessDescription)
+
+
+def test_memory_comes_and_goes_behind_views_at_one_address(
+    driver: CudaDriver, library: Path
+) -> None:
+    before = granules(library)
+    buffer = MappedDeviceBuffer(5 * GRANULE - 7, CPU, driver=driver)
+    view = buffer.tensor().view(torch.float32)
+    assert (buffer.num_bytes, buffer.resident_bytes()) == (5 * GRANULE, 0)
+    for value in (1.0, 2.0):
+        buffer.acquire()
+        buffer.acquire()
+        view.fill_(value)
+        assert float(view[-1]) == value and view.data_ptr() == buffer.address
+        assert buffer.resident_bytes() == 5 * GRANULE
+        assert granules(library) == (before[0] + 5, before[1] + 5)
+        buffer.release()
+        buffer.release()
+        assert buffer.resident_bytes() == 0 and granules(library) == before
+
+
+def test_a_range_takes_every_granule_it_touches_and_gives_back_those_it_covers(
+    driver: CudaDriver,
+) -> None:
+    buffer = MappedDeviceBuffer(8 * GRANULE, CPU, driver=driver)
+    data = buffer.tensor()
+    buffer.acquire(GRANULE + 1, 2 * GRANULE + 1)
+    buffer.acquire(5 * GRANULE, 6 * GRANULE)
+    assert buffer.resident_bytes() == 3 * GRANULE
+    data[GRANULE : 3 * GRANULE] = 7
+    data[5 * GRANULE : 6 * GRANULE] = 9
+    buffer.acquire()  # around what is there, whose content stays
+    assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
+    buffer.release(2 * GRANULE + 1, 5 * GRANULE + 1)
+    assert buffer.resident_bytes() == 6 * GRANULE
+    assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
+    buffer.release()
+
+
+def test_a_device_without_memory_is_named_and_loses_nothing(
+    driver: CudaDriver, library: Path
+) -> None:
+    before = granules(library)
+    buffer = MappedDeviceBuffer(8 * GRANULE, CPU, driver=driver)
+    buffer.acquire(0, GRANULE)
+    buffer.tensor()[:GRANULE] = 3
+    ctypes.CDLL(str(library)).stub_limit(ctypes.c_longlong(before[0] + 4))
+    with pytest.raises(CapacityError, match="out of memory"):
+        buffer.acquire()
+    assert buffer.resident_bytes() == GRANULE and granules(library)[0] == before[0] + 1
+    assert buffer.tensor()[:GRANULE].eq(3).all()
+    buffer.release()
+
+
+def test_other_failures_ranges_sizes_and_a_missing_driver_are_named(driver: CudaDriver) -> None:
+    with pytest.raises(KernelError, match="cuMemUnmap failed with CUDA status 1"):
+        driver.call("cuMemUnmap", ctypes.c_uint64(0), ctypes.c_size_t(GRANULE))
+    buffer = MappedDeviceBuffer(GRANULE, CPU, driver=driver)
+    with pytest.raises(ConfigError, match="bytes 5 to 4 are no range"):
+        buffer.release(5, 4)
+    with pytest.raises(ConfigError, match="0 were asked for"):
+        MappedDeviceBuffer(0, CPU, driver=driver)
+    with pytest.raises(KernelError, match="libnothing.so: cannot be opened"):
+        CudaDriver("libnothing.so")
+
+
+def _reshard(library: str) -> None:
+    """A real reshard over an arena in mapped memory: own slots stay, foreign ones come and go."""
+    case = Case(train=(2, 1, 1), generate=1)
+    groups = ProcessGroups.create(case.source)
+    plain = build_actor(case, WIDE, torch.float32, groups=groups)
+    memory = MappedDeviceBuffer(plain.arena.num_bytes, CPU, driver=CudaDriver(library))
+    plan, rank = plain.arena.plan, plain.arena.part.rank
+    arena = WeightArena(plan, rank=rank, dtype=torch.float32, device=CPU, memory=memory)
+    own = memory.resident_bytes()
+    assert 0 < own < memory.num_bytes
+    arena.adopt(build_actor(case, WIDE, torch.float32, groups=groups).model)
+    Resharder(plain.arena, plain.groups).gather()
+    resharder = Resharder(arena, plain.groups)
+    for _ in range(2):
+        resharder.gather()
+        assert memory.resident_bytes() == memory.num_bytes
+        for name, weight in plain.arena.weights().items():
+            assert torch.equal(arena.weights()[name], weight), name
+        arena.release()
+        assert memory.resident_bytes() == own
+
+
+def test_an_arena_in_mapped_memory_gives_back_what_belongs_to_other_ranks(library: Path) -> None:
+    run_ranks(2, _reshard, str(library))

@@ -328,10 +328,9 @@ class TrainEngine(ForwardEngine):
         if self._has_gradient:
             raise PhaseError("a gradient waits for its step: call step() before training pauses")
         if not self._is_paused:
-            self._state = self._movable(self._zero1.state_tensors() if offload_state else [])
-            self._gradients = MovableTensors(
-                self._zero1.gradient_buffers() if lend_gradients else ()
-            )
+            kept = self._zero1.optimizer_tensors()
+            self._state = self._movable([*kept.masters, *kept.moments] if offload_state else [])
+            self._gradients = MovableTensors(kept.gradients if lend_gradients else ())
             self._state.to_host()
             self._gradients.discard()
             self._is_paused = True

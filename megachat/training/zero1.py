@@ -49,9 +49,10 @@ class OptimizerTensors:
     """What an optimizer keeps beside the weights between two steps, by pool; fp32."""
 
     gradients: tuple[Tensor, ...]
-    """Accumulated gradients; none for an fp32 model, which holds them only while it accumulates."""
+    """Buffers of the whole shard's gradients, all zero after a step. None for an fp32 model, for
+    which DeepSpeed allocates gradients in each backward pass."""
     masters: tuple[Tensor, ...]
-    """This data rank's part of the fp32 weights."""
+    """This data rank's part of the weights."""
     moments: tuple[Tensor, ...]
     """AdamW's two, of the same part; none before the first step."""
 
@@ -148,25 +149,6 @@ class Zero1Optimizer:
         if self._storage is not None:
             self._storage.weights_changed()
 
-    def state_tensors(self) -> list[Tensor]:
-        """This rank's fp32 masters and, once a step was made, both moments of each."""
-        optimizer = self._optimizer
-        masters: list[Tensor] = (
-            optimizer.fp32_groups_flat_partition
-            if self._is_bf16
-            else optimizer.single_partition_of_fp32_groups
-        )
-        states = [optimizer.optimizer.state.get(master, {}) for master in masters]
-        moments = [state[name] for state in states for name in _MOMENTS if name in state]
-        return [*masters, *moments]
-
-    def gradient_buffers(self) -> list[Tensor]:
-        """fp32 gradients that are kept between steps, all zero after one; fp32 training has none.
-
-        DeepSpeed's optimizer for fp32 models allocates gradients in each backward pass.
-        """
-        return list(self._optimizer.fp32_groups_gradients_flat) if self._is_bf16 else []
-
     def stored_tensors(self) -> dict[str, Tensor]:
         """All tensors of the weights that a `FlatStorage` must own, for a check that it does.
 
@@ -188,20 +170,18 @@ class Zero1Optimizer:
         return tensors
 
     def optimizer_tensors(self) -> OptimizerTensors:
-        """The tensors behind the optimizer's memory, for a measurement of it."""
+        """What this rank keeps beside the weights between two steps, to be moved or measured."""
         inner = self._optimizer
-        masters = (
+        masters: list[Tensor] = (
             inner.fp32_groups_flat_partition
             if self._is_bf16
             else inner.single_partition_of_fp32_groups
         )
-        states = inner.optimizer.state.values()
+        states = [inner.optimizer.state.get(master, {}) for master in masters]
+        moments = [state[name] for state in states for name in _MOMENTS if name in state]
+        gradients = inner.fp32_groups_gradients_flat if self._is_bf16 else ()
         return OptimizerTensors(
-            gradients=tuple(inner.fp32_groups_gradients_flat) if self._is_bf16 else (),
-            masters=tuple(masters),
-            moments=tuple(
-                state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if state
-            ),
+            gradients=tuple(gradients), masters=tuple(masters), moments=tuple(moments)
         )
 
 

@@ -127,9 +127,9 @@ def _tensors_that_may_leave(dtype: torch.dtype) -> list[tuple[int, int]]:
     optimizer = _optimizer(model)
     found = []
     for step in range(2):
-        gradients = optimizer.gradient_buffers()
+        kept = optimizer.optimizer_tensors()
+        gradients, state = kept.gradients, [*kept.masters, *kept.moments]
         assert all(not gradient.any() for gradient in gradients)
-        state = optimizer.state_tensors()
         assert {tensor.dtype for tensor in [*state, *gradients]} == {torch.float32}
         found.append((sum(map(Tensor.numel, state)), sum(map(Tensor.numel, gradients))))
         _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)

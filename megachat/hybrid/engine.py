@@ -121,7 +121,7 @@ class HybridEngine:
             self.arena.check_aliasing(self.training.stored_tensors())
             self.last_pause = self.training.pause(
                 offload_state=self._measures.offload_optimizer,
-                lend_gradients=self._measures.lend_gradients,
+                lend_gradients=self._measures.reuse_gradients,
             )
             self.phase = Phase.GENERATION
             try:

@@ -5,7 +5,7 @@
 | actor's weights, own shard | device | device | device |
 | actor's weights, other ranks' shards; key-value cache | device | - | - |
 | actor's masters and moments | host with `offload_optimizer` | device | device |
-| actor's gradients (bf16) | lent with `lend_gradients` | device | device |
+| actor's gradients (bf16) | lent with `reuse_gradients` | device | device |
 | critic's masters and moments | host with `offload_critic` | device | device |
 | reference and reward model | host with `offload_scorers` | device | host likewise |
 
@@ -36,7 +36,7 @@ class MemoryMeasures(ConfigModel):
         default=False,
         description="The actor's fp32 masters and moments are in host memory meanwhile.",
     )
-    lend_gradients: bool = Field(
+    reuse_gradients: bool = Field(
         default=False,
         description="The actor's fp32 gradients, which hold nothing then, lend their memory. With "
         "precision fp32 there are none between steps.",

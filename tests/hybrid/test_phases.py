@@ -27,7 +27,7 @@ from tests.hybrid.test_engine import (
 )
 
 ALL = MemoryMeasures(
-    offload_optimizer=True, lend_gradients=True, offload_critic=True, offload_scorers=True
+    offload_optimizer=True, reuse_gradients=True, offload_critic=True, offload_scorers=True
 )
 NONE = MemoryMeasures()
 DTYPES = (torch.float32, torch.bfloat16)

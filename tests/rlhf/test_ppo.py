@@ -136,7 +136,7 @@ def test_roles_under_layouts_of_their_own_make_the_step_of_a_single_process(
 
 def _step_with_and_without_measures(dtype: torch.dtype) -> None:
     measures = MemoryMeasures(
-        offload_optimizer=True, lend_gradients=True, offload_critic=True, offload_scorers=True
+        offload_optimizer=True, reuse_gradients=True, offload_critic=True, offload_scorers=True
     )
     layouts = ParallelLayout(tensor=2), ParallelLayout(data=2)
     plain = _step(*layouts, 1, dtype)

@@ -133,15 +133,12 @@ def _measures(
     """
     if Phase.GENERATION not in phases:
         return frozenset()
-    memory, to_host = config.rlhf.memory, device.type != "cpu"
-    chosen = {
-        Measure.REUSE_GRADIENTS: memory.lend_gradients
-        or config.models.actor.precision is Precision.FP32,
-        Measure.OFFLOAD_OPTIMIZER: memory.offload_optimizer and to_host,
-        Measure.OFFLOAD_CRITIC: memory.offload_critic and to_host,
-        Measure.OFFLOAD_SCORERS: memory.offload_scorers and to_host,
-    }
-    return frozenset(measure for measure, is_chosen in chosen.items() if is_chosen)
+    chosen = {measure for measure in Measure if getattr(config.rlhf.memory, measure)}
+    if device.type == "cpu":
+        chosen &= {Measure.REUSE_GRADIENTS}
+    if config.models.actor.precision is Precision.FP32:
+        chosen |= {Measure.REUSE_GRADIENTS}
+    return frozenset(chosen)
 
 
 def _job(config: RunConfig, actor: OptConfig, critic: OptConfig) -> Job:

@@ -142,8 +142,8 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"Actor: train {job.actor.layout} ({_how(job.actor)}), generate "
         f"{job.generation_layout}; critic: train {job.critic.layout} ({_how(job.critic)}).",
-        f"Predicted peak: {_gb(plan.memory.peak_bytes)} of {_gb(plan.memory.budget_bytes)} GB usable; "
-        f"host memory {_gb(plan.memory.host_bytes)} GB a node.",
+        f"Predicted peak: {_gb(plan.memory.peak_bytes)} of {_gb(plan.memory.budget_bytes)} GB "
+        f"usable; host memory {_gb(plan.memory.host_bytes)} GB a node.",
         f"During generation: {'; '.join(measures) or 'nothing has to move'}.",
         f"Predicted cache: {_gb(cache.num_bytes)} GB a rank, {cache.num_blocks} blocks of "
         f"{cache.block_tokens} tokens, {cache.concurrent} of {cache.sequences} sequences of a "

@@ -143,7 +143,7 @@ def test_lent_gradients_make_room_for_generation(
     settings = ["models.actor.precision=bf16", "rlhf.generation.kv_cache_gb=100",
                 "rlhf.generation.max_sequences=1024", "rlhf.batch_prompts=1024",
                 "rlhf.ppo.minibatches=32"]  # fmt: skip
-    lending = run_config(tmp_path, *settings, "rlhf.memory.lend_gradients=true")
+    lending = run_config(tmp_path, *settings, "rlhf.memory.reuse_gradients=true")
     before = needed(memory, run_config(tmp_path, *settings), [Stage.PROMPTS])
     lent = 4 * OPT_MODELS["facebook/opt-125m"].num_parameters / GB
     assert needed(memory, lending, [Stage.PROMPTS]) == pytest.approx(before - lent, abs=0.03)

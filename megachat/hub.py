@@ -32,6 +32,19 @@ def hub_is_reachable() -> bool:
     return True
 
 
+def folder_on_disk(name_or_folder: str) -> Path | None:
+    """The folder of a model that is on this disk or in the hub's cache; None: it is on neither.
+
+    Asks no network.
+    """
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    try:
+        return Path(snapshot_download(name_or_folder, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def local_folder(name_or_folder: str) -> Path:
     """The folder of a model, given as a folder or as a hub name such as `facebook/opt-125m`.
 

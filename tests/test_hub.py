@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from megachat import hub
 from megachat.errors import CheckpointError
-from megachat.hub import hub_is_reachable, local_folder
+from megachat.hub import folder_on_disk, hub_is_reachable, local_folder
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +76,12 @@ def test_missing_model_is_one_line_where_there_is_no_network(
     with pytest.raises(CheckpointError, match="cannot be reached from here") as caught:
         local_folder("facebook/opt-125m")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_on_disk_is_found_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+    assert folder_on_disk(str(tmp_path)) == tmp_path
+    assert folder_on_disk("nobody/no-such-model") is None
+    assert folder_on_disk("/missing/model") is None

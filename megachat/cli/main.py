@@ -140,6 +140,7 @@ def _run_stage(
 
 def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     """Checks the configuration, then shows it or starts the ranks."""
+    from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
     from megachat.stages.run import describe_run, run_stages
@@ -149,6 +150,9 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     if dry_run:
         typer.echo(describe_run(config))
         return
+    warning = check_memory(config, stages)
+    if warning is not None:
+        typer.echo(warning, err=True)
     prepare_output(config)
     set_up_logging()
     launch(config.launch, run_stages, config, stages, shlex.join(["megachat", *sys.argv[1:]]))

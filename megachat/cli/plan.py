@@ -167,9 +167,13 @@ def _request(options: PlanOptions) -> "PlanRequest":
     if options.limit < 1:
         raise ConfigError(f"--limit {options.limit}: expected at least 1")
     rows = options.micro_batch_rows
+    layouts = [
+        None if text is None else parse_layout(text)
+        for text in (options.train, options.critic_train)
+    ]
     return PlanRequest(
-        actor=_architecture(options.model),
-        critic=_architecture(options.critic),
+        actor=architecture(options.model),
+        critic=architecture(options.critic),
         cluster=cluster,
         workload=Workload(
             prompts=options.prompts,
@@ -181,15 +185,15 @@ def _request(options: PlanOptions) -> "PlanRequest":
             sft_tokens=options.prompt_tokens + options.response_tokens,
             reward_pairs=options.reward_pairs,
         ),
-        actor_options=RoleOptions(layout=_layout(options.train), micro_batch_rows=rows),
-        critic_options=RoleOptions(layout=_layout(options.critic_train), micro_batch_rows=rows),
+        actor_options=RoleOptions(layout=layouts[0], micro_batch_rows=rows),
+        critic_options=RoleOptions(layout=layouts[1], micro_batch_rows=rows),
         generation_tensor=options.generate,
         block_tokens=options.block_tokens,
         max_sequences=options.max_sequences,
     )
 
 
-def _architecture(model: str) -> "OptConfig":
+def architecture(model: str) -> "OptConfig":
     """An OPT by its hub name or from the folder of a HuggingFace model."""
     from megachat.model.config import OPT_MODELS, OptConfig
 
@@ -207,12 +211,15 @@ def _architecture(model: str) -> "OptConfig":
     return OptConfig.from_huggingface(values)
 
 
-def _layout(text: str | None) -> "ParallelLayout | None":
-    """`8,8,1` as tensor, pipeline and data degree."""
+def parse_layout(text: str) -> "ParallelLayout":
+    """`8,8,1` as tensor, pipeline and data degree.
+
+    Raises:
+        ConfigError: The text is of another form.
+        LayoutError: A degree is below 1.
+    """
     from megachat.parallel.layout import ParallelLayout
 
-    if text is None:
-        return None
     parts = text.split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
         raise ConfigError(f"layout {text!r}: expected TENSOR,PIPELINE,DATA such as 8,8,1")

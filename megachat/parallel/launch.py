@@ -18,8 +18,9 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,17 @@ peers fail at once because they lost it; staying a little, they let the parent s
 """
 
 
+class MemoryCheck(StrEnum):
+    """What happens before the launch to a run whose plan exceeds the memory of a rank."""
+
+    REFUSE = "refuse"
+    """It is not started."""
+    WARN = "warn"
+    """It is started, after one line with the numbers."""
+    OFF = "off"
+    """Nothing is planned."""
+
+
 class LaunchConfig(ConfigModel):
     """How many processes run the job, where, and on which device."""
 
@@ -60,6 +72,9 @@ class LaunchConfig(ConfigModel):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads a process; None shares the cores evenly."
     )
+
+    memory_check: Annotated[MemoryCheck, Field(strict=False)] = MemoryCheck.REFUSE
+    """What happens to a run that cannot fit into memory."""
 
     @property
     def world_size(self) -> int:

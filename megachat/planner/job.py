@@ -131,6 +131,8 @@ class Job:
     """Prompt tokens that one step of generation computes at most."""
     max_sequences: int | None = None
     """Sequences that one replica has in work at once; None: as many as the cache holds."""
+    cache_bytes: int | None = None
+    """Size of the key/value cache; None: what generation leaves, at most what it needs."""
 
     def __post_init__(self) -> None:
         """Refuses generation layouts that the reshard cannot make, and rows that are too long.

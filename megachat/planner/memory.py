@@ -56,8 +56,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Bytes of every pool on every rank in every phase.
 
-    The cache gets what is left in the generation phase on the fullest rank: at most what all
-    sequences need at once, at least what one sequence needs.
+    Unless the job says how large the cache is, it gets what is left in the generation phase on the
+    fullest rank: at most what all sequences need at once, at least what one sequence needs.
 
     Raises:
         LayoutError: The job does not fill the cluster, or its layouts do not fit each other.
@@ -146,11 +146,15 @@ class _Planner:
         # The last token of a response is never computed.
         per_sequence = -(-(job.workload.sequence_tokens - 1) // tokens)
         needed = job.most_at_once * per_sequence
-        free = min(self._free_for_cache(*kind) for kind in kinds)
+        if job.cache_bytes is not None:
+            num_blocks = job.cache_bytes // block_bytes
+        else:
+            free = min(self._free_for_cache(*kind) for kind in kinds)
+            num_blocks = min(needed, max(per_sequence, free // block_bytes))
         return CachePlan(
             block_tokens=tokens,
             block_bytes=block_bytes,
-            num_blocks=min(needed, max(per_sequence, free // block_bytes)),
+            num_blocks=num_blocks,
             needed_blocks=needed,
             blocks_per_sequence=per_sequence,
             sequences=job.sequences,

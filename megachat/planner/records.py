@@ -1,7 +1,7 @@
 """The one place for what a memory plan says: pools, where they are in each phase, and the cache."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from megachat.planner.job import Role
@@ -164,6 +164,14 @@ class MemoryPlan:
     """Of one node."""
     host_bytes: int
     """Of the fullest node in the fullest phase."""
+
+    def during(self, phases: Collection[Phase]) -> "MemoryPlan":
+        """The device memory of some phases alone."""
+        ranks = tuple(
+            replace(memory, phases=tuple(found for found in memory.phases if found.phase in phases))
+            for memory in self.ranks
+        )
+        return replace(self, ranks=ranks)
 
     @property
     def fullest(self) -> RankMemory:

@@ -93,7 +93,7 @@ def plan_view(plan: Plan, *, title: str, rank: int | None = None) -> RenderableT
         rank: Whose memory; None shows the ranks with the highest peak.
     """
     memory = plan.memory.fullest if rank is None else _of_rank(plan, rank)
-    table = Table(title=f"GB on ranks {rank_ranges(memory.ranks)}", title_justify="left")
+    table = Table(title=f"Predicted GB on ranks {rank_ranges(memory.ranks)}", title_justify="left")
     table.add_column("pool")
     for phase in memory.phases:
         table.add_column(phase.phase.value, justify="right")
@@ -114,15 +114,16 @@ def search_view(result: SearchResult, *, limit: int) -> RenderableType:
 
 
 def markdown_section(plan: Plan, result: SearchResult, *, title: str, limit: int) -> str:
-    """One case of `docs/plans.md`: the chosen plan, and the layouts beside it."""
+    """One case of `docs/planning.md`: the chosen plan, and the layouts beside it."""
     fullest = plan.memory.fullest
     rows = memory_rows(fullest, budget_bytes=plan.memory.budget_bytes)
     parts = [
         f"## {title}",
         *plan_lines(plan),
-        f"GB on ranks {rank_ranges(fullest.ranks)}, the fullest:",
+        f"Predicted GB on ranks {rank_ranges(fullest.ranks)}, the fullest:",
         _markdown_table(["pool", *(phase.phase.value for phase in fullest.phases)], rows),
-        f"The {min(limit, len(result.plans))} fastest of {len(result.plans)} layouts that fit:",
+        f"The {min(limit, len(result.plans))} layouts that are predicted to be fastest, of "
+        f"{len(result.plans)} that fit:",
         _markdown_table(RANKING_HEADERS, ranking_rows(result.plans[:limit])),
     ]
     if result.refusals:
@@ -141,13 +142,13 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"Actor: train {job.actor.layout} ({_how(job.actor)}), generate "
         f"{job.generation_layout}; critic: train {job.critic.layout} ({_how(job.critic)}).",
-        f"Peak {_gb(plan.memory.peak_bytes)} of {_gb(plan.memory.budget_bytes)} GB usable; host "
-        f"memory {_gb(plan.memory.host_bytes)} GB a node.",
+        f"Predicted peak: {_gb(plan.memory.peak_bytes)} of {_gb(plan.memory.budget_bytes)} GB "
+        f"usable; host memory {_gb(plan.memory.host_bytes)} GB a node.",
         f"During generation: {'; '.join(measures) or 'nothing has to move'}.",
-        f"Cache: {_gb(cache.num_bytes)} GB a rank, {cache.num_blocks} blocks of "
+        f"Predicted cache: {_gb(cache.num_bytes)} GB a rank, {cache.num_blocks} blocks of "
         f"{cache.block_tokens} tokens, {cache.concurrent} of {cache.sequences} sequences of a "
         f"replica at once at full length: {cache.waves} wave{'s' if cache.waves > 1 else ''}.",
-        f"Reshard: a rank receives up to {_gb(traffic.received)} GB, "
+        f"Predicted reshard: a rank receives up to {_gb(traffic.received)} GB, "
         f"{_gb(traffic.received_intra_node)} inside its node and "
         f"{_gb(traffic.received_inter_node)} from others; redundant {_gb(traffic.redundant)}; the "
         "way back moves nothing.",
@@ -180,7 +181,15 @@ def memory_rows(memory: RankMemory, *, budget_bytes: int) -> list[list[str]]:
     return rows
 
 
-RANKING_HEADERS = ("train", "generate", "recompute", "measures", "peak GB", "waves", "predicted s")
+RANKING_HEADERS = (
+    "train",
+    "generate",
+    "recompute",
+    "measures",
+    "predicted GB",
+    "waves",
+    "predicted s",
+)
 
 
 def ranking_rows(plans: Sequence[Plan]) -> list[list[str]]:

@@ -7,9 +7,9 @@ pass 4 U (inputs and outputs of its two norms), 4 U / tp (queries, keys, values,
 that flash attention keeps). Sequence parallelism divides the 4 U by tp. Full recomputation keeps
 one U per layer and needs one layer's share while it recomputes it.
 
-These counts, and those of the workspace, were derived from the code and compared with a dry run of
-the production classes (`tools/dry_run.py`, `tests/planner/test_dry_run.py`). Attention is taken to
-be a flash kernel, which keeps no `[tokens, tokens]` matrix; dropout is taken to be 0.
+These counts, and those of the workspace, were derived from the code and compared by hand with a dry
+run of the production classes; what `tools/dry_run.py` checks are the long-lived pools. Attention is
+taken to be a flash kernel, which keeps no `[tokens, tokens]` matrix; dropout is taken to be 0.
 """
 
 from dataclasses import dataclass

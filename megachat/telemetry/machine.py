@@ -12,6 +12,9 @@ import torch
 
 PACKAGES = ("megachat", "torch", "megatron-core", "deepspeed", "transformers", "datasets", "numpy")
 CPU_INFO = Path("/proc/cpuinfo")
+MEMORY_INFO = Path("/proc/meminfo")
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Of a container, by control groups of version 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,27 @@ def processor_name(cpu_info: Path) -> str:
             if separator and name.strip() == "model name":
                 return value.strip()
     return platform.machine()
+
+
+def available_bytes(
+    device: torch.device, *, info: Path = MEMORY_INFO, limit: Path = MEMORY_LIMIT
+) -> int:
+    """Memory that a job could have: all of a CUDA device, or what is free on this machine.
+
+    Args:
+        device: Where the job's tensors would be.
+        info: A file of Linux's /proc/meminfo format.
+        limit: A file with the bytes that this container may use, or "max".
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    free = _memory_bytes()
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    allowed = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""
+    return min(free, int(allowed)) if allowed.isdecimal() else free
 
 
 def _version(package: str) -> str:

@@ -35,7 +35,7 @@ from megachat.training.loss import LossFunction
 from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
 from megachat.training.schedules import OptimizerConfig, learning_rate
 from megachat.training.storage import FlatStorage
-from megachat.training.zero1 import StepReport, Zero1Optimizer
+from megachat.training.zero1 import OptimizerTensors, StepReport, Zero1Optimizer
 
 BatchT = TypeVar("BatchT", bound=Batch)
 BatchT_contra = TypeVar("BatchT_contra", bound=Batch, contravariant=True)
@@ -328,10 +328,9 @@ class TrainEngine(ForwardEngine):
         if self._has_gradient:
             raise PhaseError("a gradient waits for its step: call step() before training pauses")
         if not self._is_paused:
-            self._state = self._movable(self._zero1.state_tensors() if offload_state else [])
-            self._gradients = MovableTensors(
-                self._zero1.gradient_buffers() if lend_gradients else ()
-            )
+            kept = self._zero1.optimizer_tensors()
+            self._state = self._movable([*kept.masters, *kept.moments] if offload_state else [])
+            self._gradients = MovableTensors(kept.gradients if lend_gradients else ())
             self._state.to_host()
             self._gradients.discard()
             self._is_paused = True
@@ -393,6 +392,10 @@ class TrainEngine(ForwardEngine):
     def stored_tensors(self) -> dict[str, Tensor]:
         """All tensors that must lie in the `storage`; to be checked where memory changes hands."""
         return self._zero1.stored_tensors()
+
+    def optimizer_tensors(self) -> OptimizerTensors:
+        """What the optimizer keeps beside the weights, by pool."""
+        return self._zero1.optimizer_tensors()
 
     def _key_dropout(self, micro_batch: _MicroBatch[Any]) -> None:
         """Names the dropout stream of a micro-batch independently of stages and data ranks."""

@@ -44,6 +44,19 @@ class StepReport:
     """True when a gradient was not finite: weights and state are unchanged."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerTensors:
+    """What an optimizer keeps beside the weights between two steps, by pool; fp32."""
+
+    gradients: tuple[Tensor, ...]
+    """Buffers of the whole shard's gradients, all zero after a step. None for an fp32 model, for
+    which DeepSpeed allocates gradients in each backward pass."""
+    masters: tuple[Tensor, ...]
+    """This data rank's part of the weights."""
+    moments: tuple[Tensor, ...]
+    """AdamW's two, of the same part; none before the first step."""
+
+
 class Zero1Optimizer:
     """AdamW under ZeRO-1 for the parameters of one model shard."""
 
@@ -136,25 +149,6 @@ class Zero1Optimizer:
         if self._storage is not None:
             self._storage.weights_changed()
 
-    def state_tensors(self) -> list[Tensor]:
-        """This rank's fp32 masters and, once a step was made, both moments of each."""
-        optimizer = self._optimizer
-        masters: list[Tensor] = (
-            optimizer.fp32_groups_flat_partition
-            if self._is_bf16
-            else optimizer.single_partition_of_fp32_groups
-        )
-        states = [optimizer.optimizer.state.get(master, {}) for master in masters]
-        moments = [state[name] for state in states for name in _MOMENTS if name in state]
-        return [*masters, *moments]
-
-    def gradient_buffers(self) -> list[Tensor]:
-        """fp32 gradients that are kept between steps, all zero after one; fp32 training has none.
-
-        DeepSpeed's optimizer for fp32 models allocates gradients in each backward pass.
-        """
-        return list(self._optimizer.fp32_groups_gradients_flat) if self._is_bf16 else []
-
     def stored_tensors(self) -> dict[str, Tensor]:
         """All tensors of the weights that a `FlatStorage` must own, for a check that it does.
 
@@ -174,6 +168,21 @@ class Zero1Optimizer:
                 for part, tensor in enumerate(parts[index]):
                     tensors[f"part {part} of flat buffer {index}"] = tensor
         return tensors
+
+    def optimizer_tensors(self) -> OptimizerTensors:
+        """What this rank keeps beside the weights between two steps, to be moved or measured."""
+        inner = self._optimizer
+        masters: list[Tensor] = (
+            inner.fp32_groups_flat_partition
+            if self._is_bf16
+            else inner.single_partition_of_fp32_groups
+        )
+        states = [inner.optimizer.state.get(master, {}) for master in masters]
+        moments = [state[name] for state in states for name in _MOMENTS if name in state]
+        gradients = inner.fp32_groups_gradients_flat if self._is_bf16 else ()
+        return OptimizerTensors(
+            gradients=tuple(gradients), masters=tuple(masters), moments=tuple(moments)
+        )
 
 
 def _filler(like: nn.Parameter) -> nn.Parameter:

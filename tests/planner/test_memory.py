@@ -297,3 +297,22 @@ def test_rank_ranges_name_every_rank_once(ranks: set[int]) -> None:
     ]
     assume(True)
     assert named == sorted(ranks)
+
+
+def test_a_cache_of_a_given_size_is_planned_as_it_is() -> None:
+    base = job("1.3b", 1, 1, 8, generate=1)
+    free = plan_memory(base, cluster_of(base))
+    block = free.cache.block_bytes
+    for blocks in (3, free.cache.needed_blocks + 5):
+        fixed = replace(base, cache_bytes=blocks * block + block - 1)
+        plan = plan_memory(fixed, cluster_of(base))
+        assert plan.cache.num_blocks == blocks
+        generation = plan.ranks[0].phase(Phase.GENERATION)
+        assert generation.bytes_of(Pool.KV_CACHE) == blocks * block
+
+
+def test_a_plan_of_some_phases_is_refused_for_those_alone() -> None:
+    plan = opt_175b()
+    assert "phase generation needs" in (refusal(plan) or "")
+    assert refusal(plan.during([Phase.SFT, Phase.REWARD_TRAINING])) is None
+    assert plan.during([Phase.GENERATION]).peak_bytes == plan.peak_bytes

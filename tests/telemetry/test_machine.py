@@ -4,7 +4,14 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from megachat.telemetry.machine import machine_facts, processor_name, version_facts
+import torch
+
+from megachat.telemetry.machine import (
+    available_bytes,
+    machine_facts,
+    processor_name,
+    version_facts,
+)
 
 
 def test_versions_are_those_of_the_installed_packages() -> None:
@@ -32,3 +39,14 @@ def test_processor_without_a_model_line_is_called_by_its_architecture(tmp_path: 
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
     assert processor_name(tmp_path / "cpuinfo") == platform.machine()
     assert processor_name(tmp_path / "absent") == platform.machine()
+
+
+def test_available_memory_is_what_is_free_or_what_a_container_may_use(tmp_path: Path) -> None:
+    info, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    info.write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    3000 kB\n")
+    cpu = torch.device("cpu")
+    assert available_bytes(cpu, info=info, limit=limit) == 3000 * 1024
+    limit.write_text("max\n")
+    assert available_bytes(cpu, info=info, limit=limit) == 3000 * 1024
+    limit.write_text("1000000\n")
+    assert available_bytes(cpu, info=info, limit=limit) == 1_000_000

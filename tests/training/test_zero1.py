@@ -1,7 +1,6 @@
 import contextlib
 import io
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -70,8 +69,9 @@ def _three_steps(
         assert (report.learning_rate, report.skipped) == (rate, False)
         assert all(parameter.grad is None for parameter in model.parameters())
         norms.append(report.gradient_norm)
-    states: Any = optimizer._optimizer.optimizer.state
-    elements = sum(state["exp_avg"].numel() for state in states.values())
+    kept = optimizer.optimizer_tensors()
+    elements = sum(moment.numel() for moment in kept.moments) // 2
+    assert elements == sum(master.numel() for master in kept.masters)
     return norms, [parameter.detach().clone() for parameter in model.parameters()], elements
 
 
@@ -127,9 +127,9 @@ def _tensors_that_may_leave(dtype: torch.dtype) -> list[tuple[int, int]]:
     optimizer = _optimizer(model)
     found = []
     for step in range(2):
-        gradients = optimizer.gradient_buffers()
+        kept = optimizer.optimizer_tensors()
+        gradients, state = kept.gradients, [*kept.masters, *kept.moments]
         assert all(not gradient.any() for gradient in gradients)
-        state = optimizer.state_tensors()
         assert {tensor.dtype for tensor in [*state, *gradients]} == {torch.float32}
         found.append((sum(map(Tensor.numel, state)), sum(map(Tensor.numel, gradients))))
         _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)

@@ -1,0 +1,388 @@
+"""Rehearses one rank of a job of any size in this process, and compares its bytes with the plan.
+
+    python tools/dry_run.py --model facebook/opt-175b --train 8,8,1 --generate 8 --rank 63 [--json]
+
+The production classes (`OptModel`, `HybridEngine` with its `TrainEngine`, DeepSpeed's ZeRO-1,
+`WeightArena` and `Resharder`, `Generator` with its `PagedKvCache`) live through one training step
+and one change to generation, on fake tensors and in a process group whose other ranks do not exist.
+So a rank of OPT-175B takes seconds and no memory to speak of. A ledger below every operation counts
+the bytes of living tensors; what is in no pool is shown too.
+
+Fake tensors have no values. Where production code asks for one (the length of a row, whether a
+gradient is finite), the ledger answers, and lists who asked.
+
+Not seen: memory outside of tensors (CUDA context, NCCL buffers, kernels' own workspace, the
+allocator's rounding), which a plan covers with `reserved_gb`.
+"""
+
+import contextlib
+import gc
+import json
+import sys
+import traceback
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megachat.cli.plan import architecture, parse_layout
+from megachat.errors import ConfigError, MegachatError
+from megachat.generation.generator import GenerationConfig
+from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.model.config import ModelOptions
+from megachat.model.opt import OptModel
+from megachat.model.specs import Placement
+from megachat.parallel import cpu_compat
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.layout import ParallelLayout
+from megachat.planner.hardware import GB, cluster_config
+from megachat.planner.job import Job, Role
+from megachat.planner.records import MemoryPlan, Phase, Pool
+from megachat.planner.search import Plan, PlanRequest, RoleOptions, check_fits
+from megachat.planner.traffic import reshard_traffic
+from megachat.records import SftBatch
+from megachat.rlhf.objectives import SftObjective
+from megachat.training.schedules import OptimizerConfig
+
+ALLOWED = 0.01
+"""Largest difference of a pool from its plan, as a part of the plan."""
+
+_TRAINING_POOLS = (Pool.WEIGHTS, Pool.EMBEDDINGS, Pool.GRADIENTS, Pool.MASTERS, Pool.MOMENTS)
+_GENERATION_POOLS = (Pool.FOREIGN_BLOCKS, Pool.KV_CACHE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RehearsedBytes:
+    """What one rank allocated."""
+
+    pools: dict[Pool, int]
+    other: int
+    """Bytes of living tensors that are in no pool."""
+    received: int
+    """Bytes that the change to generation brought from other ranks."""
+    reads: tuple[str, ...]
+    """Source lines that asked for a tensor's value and were answered without one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One quantity on both sides."""
+
+    name: str
+    planned: int
+    rehearsed: int
+
+    @property
+    def difference(self) -> float:
+        """As a part of the plan."""
+        return (self.rehearsed - self.planned) / self.planned if self.planned else 0.0
+
+
+class ByteLedger(TorchDispatchMode):
+    """Counts the bytes of living tensor storages, each once, and answers for missing values."""
+
+    def __init__(self, *, row_tokens: int) -> None:
+        """Starts at zero.
+
+        Args:
+            row_tokens: Length of every row, asked for where batches are cut.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.reads: dict[str, None] = {}
+        self._row_tokens = row_tokens
+        self._known: dict[int, tuple[int, object]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and takes note of its results."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self._answer(args[0])
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._take_note(leaf.untyped_storage())
+        return out
+
+    def _take_note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._known.get(key)
+        if known is not None:
+            if known[0] == size:
+                return
+            self.live -= known[0]
+        self._known[key] = (size, weakref.ref(storage, lambda _: self._forget(key)))
+        self.live += size
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._known.pop(key)[0]
+
+    def _answer(self, tensor: Tensor) -> bool | int | float:
+        """A tensor's value, which does not exist: rows are full, every step is finite."""
+        frames = [
+            frame
+            for frame in traceback.extract_stack()[:-2]
+            if "/torch/_" not in frame.filename and frame.filename != __file__
+        ]
+        line = frames[-1].line or ""
+        self.reads[line] = None
+        if any(frame.name == "_cut" for frame in frames):
+            return self._row_tokens
+        is_good = not any(word in line for word in ("overflow", "isfinite"))
+        return is_good if tensor.dtype is torch.bool else float(is_good)
+
+
+@contextlib.contextmanager
+def fake_rank(layout: ParallelLayout, rank: int) -> Iterator[ProcessGroups]:
+    """The communicators of one rank of a world that does not exist."""
+    cpu_compat.install()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        yield ProcessGroups.create(layout)
+    finally:
+        dist.destroy_process_group()
+
+
+def rehearse(job: Job, *, rank: int, cache_bytes: int) -> RehearsedBytes:
+    """Builds one rank's actor, trains it for a step and changes it to generation.
+
+    Args:
+        job: What runs.
+        rank: Any rank of its layout.
+        cache_bytes: What generation may use for keys and values.
+    """
+    rows, tokens = job.actor.layout.data * job.actor.micro_batch_rows, job.workload.sft_tokens
+    ledger = ByteLedger(row_tokens=tokens)
+    # The arena's and the cache's own address ranges are real, and never touched.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_rank(job.actor.layout, rank) as groups, warnings.catch_warnings(), fake, ledger:
+        warnings.simplefilter("ignore")
+        actor = _actor(job, groups, cache_bytes=cache_bytes)
+        _train_one_step(actor, rows=rows, tokens=tokens)
+        actor.eval()
+        assert actor.last_reshard is not None, "eval() gathers"
+        pools = _pools(actor)
+        gc.collect()
+        return RehearsedBytes(
+            pools=pools,
+            other=ledger.live - sum(pools.values()),
+            received=actor.last_reshard.received_bytes,
+            reads=tuple(ledger.reads),
+        )
+
+
+def _actor(job: Job, groups: ProcessGroups, *, cache_bytes: int) -> HybridEngine:
+    setup = job.actor
+    options = ModelOptions(
+        dtype={2: torch.bfloat16, 4: torch.float32}[setup.value_bytes],
+        sequence_parallel=setup.is_sequence_parallel,
+        recompute=setup.recompute,
+        vocab_multiple=setup.vocab_multiple,
+    )
+    settings = HybridSettings(
+        generation_tensor=job.generation_tensor,
+        micro_batch_rows=setup.micro_batch_rows,
+        optimizer=OptimizerConfig(learning_rate=1e-5),
+        total_steps=1,
+        seed=1,
+        generation=GenerationConfig(
+            kv_cache_gb=(cache_bytes + 1) / GB,
+            block_size=job.block_tokens,
+            max_sequences=job.most_at_once,
+            prefill_tokens=job.prefill_tokens,
+        ),
+    )
+    model = OptModel(setup.config, groups=groups, head=setup.head, options=options, seed=None)
+    return HybridEngine(model, settings, stop_ids=(setup.config.eos_id,))
+
+
+def _train_one_step(actor: HybridEngine, *, rows: int, tokens: int) -> None:
+    """Afterwards everything that lives between steps exists."""
+    batch = SftBatch(
+        tokens=torch.zeros(rows, tokens, dtype=torch.int64),
+        lengths=torch.full((rows,), tokens),
+        loss_mask=torch.ones(rows, tokens, dtype=torch.bool),
+    )
+    engine = actor.training
+    objective = SftObjective(
+        num_targets=1.0, group=engine.groups.tensor, vocab_start=engine.vocab_start
+    )
+    engine.forward_backward(batch, objective)
+    report = engine.step()
+    assert not report.skipped, "a skipped step would leave out the moments"
+
+
+def _pools(actor: HybridEngine) -> dict[Pool, int]:
+    """Bytes behind the pools of an actor that generates; building its generator takes the cache."""
+    model, state = actor.training.model, actor.training.optimizer_tensors()
+    specs = model.parameters_by_spec()
+    in_layers = {spec.name for spec in model.global_specs() if spec.placement is Placement.LAYER}
+    weights = sum(tensor.nbytes for name, tensor in specs.items() if name in in_layers)
+    embeddings = sum(tensor.nbytes for name, tensor in specs.items() if name not in in_layers)
+    # All parameters are views of the arena, whose storage is the generation shard.
+    arena = _storage_bytes(specs.values())
+    return {
+        Pool.WEIGHTS: weights,
+        Pool.EMBEDDINGS: embeddings,
+        Pool.GRADIENTS: _storage_bytes(state.gradients),
+        Pool.MASTERS: _storage_bytes(state.masters),
+        Pool.MOMENTS: _storage_bytes(state.moments),
+        Pool.FOREIGN_BLOCKS: arena - weights - embeddings,
+        Pool.KV_CACHE: _storage_bytes([actor.generator.cache.pool]),
+    }
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes behind tensors; views of one buffer count once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def planned_pools(memory: MemoryPlan, *, rank: int) -> dict[Pool, int]:
+    """What the plan says of the same pools."""
+    ranks = next(ranks for ranks in memory.ranks if rank in ranks.ranks)
+    return {
+        pool: ranks.phase(phase).bytes_of(pool, role=Role.ACTOR)
+        for phase, pools in (
+            (Phase.PPO_TRAINING, _TRAINING_POOLS),
+            (Phase.GENERATION, _GENERATION_POOLS),
+        )
+        for pool in pools
+    }
+
+
+def compare(plan: Plan, *, rank: int) -> tuple[list[Row], RehearsedBytes]:
+    """A rank's plan and its rehearsal, pool by pool, and the bytes that a reshard receives."""
+    rehearsed = rehearse(plan.job, rank=rank, cache_bytes=plan.memory.cache.num_bytes)
+    planned = planned_pools(plan.memory, rank=rank)
+    rows = [
+        Row(name=pool.value, planned=planned[pool], rehearsed=rehearsed.pools[pool])
+        for pool in planned
+    ]
+    rows.append(
+        Row(
+            name="all pools and everything else",
+            planned=sum(planned.values()),
+            rehearsed=sum(rehearsed.pools.values()) + rehearsed.other,
+        )
+    )
+    stage = plan.job.actor.layout.coordinate(rank).pipeline
+    traffic = next(item for item in reshard_traffic(plan.job, plan.cluster) if item.stage == stage)
+    rows.append(
+        Row(name="received by a reshard", planned=traffic.received, rehearsed=rehearsed.received)
+    )
+    return rows, rehearsed
+
+
+def make_plan(
+    model: str,
+    *,
+    train: ParallelLayout,
+    generation_tensor: int,
+    critic: str = "facebook/opt-350m",
+    gpus_per_node: int = 8,
+) -> Plan:
+    """How `megachat plan` makes a job with these layouts fit.
+
+    Raises:
+        CapacityError: It cannot.
+        ConfigError: There is no such model.
+        LayoutError: A layout does not fit the model or the nodes.
+    """
+    per_node = min(gpus_per_node, train.world_size)
+    return check_fits(
+        PlanRequest(
+            actor=architecture(model),
+            critic=architecture(critic),
+            cluster=cluster_config(nodes=train.world_size // per_node, gpus_per_node=per_node),
+            actor_options=RoleOptions(layout=train),
+            generation_tensor=generation_tensor,
+        )
+    )
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="OPT by hub name or HuggingFace folder.")],
+    train: Annotated[
+        str, typer.Option(metavar="TENSOR,PIPELINE,DATA", help="The actor's training layout.")
+    ],
+    generate: Annotated[int, typer.Option(help="Tensor degree of generation.")],
+    rank: Annotated[int, typer.Option(help="Which rank of the job.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in each machine.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Rehearse one rank of a job and compare its bytes with the plan; 1 where they disagree."""
+    try:
+        layout = parse_layout(train)
+        if not 0 <= rank < layout.world_size:
+            raise ConfigError(f"--rank {rank}: the job has ranks 0 to {layout.world_size - 1}")
+        plan = make_plan(
+            model, train=layout, generation_tensor=generate, gpus_per_node=gpus_per_node
+        )
+        with contextlib.redirect_stdout(sys.stderr):  # of DeepSpeed's logger
+            rows, rehearsed = compare(plan, rank=rank)
+    except MegachatError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(_json(plan, rank, rows, rehearsed), indent=2))
+    else:
+        Console().print(_table(plan, rank, rows))
+    if any(abs(row.difference) > ALLOWED for row in rows):
+        raise typer.Exit(1)
+
+
+def _json(plan: Plan, rank: int, rows: list[Row], rehearsed: RehearsedBytes) -> dict[str, Any]:
+    return {
+        "train": str(plan.job.actor.layout),
+        "generation_tensor": plan.job.generation_tensor,
+        "rank": rank,
+        "rows": [
+            {
+                "name": row.name,
+                "planned_bytes": row.planned,
+                "rehearsed_bytes": row.rehearsed,
+                "difference": row.difference,
+            }
+            for row in rows
+        ],
+        "values_asked_for": list(rehearsed.reads),
+    }
+
+
+def _table(plan: Plan, rank: int, rows: list[Row]) -> Table:
+    coordinate = plan.job.actor.layout.coordinate(rank)
+    table = Table(
+        title=f"rank {rank} (stage {coordinate.pipeline}) of {plan.job.actor.layout} -> "
+        f"tp{plan.job.generation_tensor}, GB",
+        title_justify="left",
+    )
+    for header in ("pool", "planned", "rehearsed", "difference"):
+        table.add_column(header, justify="left" if header == "pool" else "right")
+    for row in rows:
+        table.add_row(
+            row.name.replace("_", " "),
+            f"{row.planned / GB:.3f}",
+            f"{row.rehearsed / GB:.3f}",
+            f"{row.difference:+.3%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    app()

@@ -5,6 +5,7 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from megachat.model.config import OptConfig
@@ -21,6 +22,23 @@ WIDE = OptConfig(
     vocab_size=1000, max_positions=32, hidden=384, ffn=1536, layers=8, heads=8, embed_dim=384
 )
 """57 MB of fp32, so that a process's own noise is well below 5 % of what is gathered."""
+CASES: dict[int, list[Case]] = {
+    2: [Case(train=(2, 1, 1), generate=1)],
+    4: [
+        Case(train=(2, 2, 1), generate=1),
+        Case(train=(2, 2, 1), generate=2),
+        Case(train=(2, 2, 1), generate=4),
+        Case(train=(1, 2, 2), generate=2),
+        Case(train=(1, 2, 2), generate=4),
+    ],
+    8: [
+        Case(train=(4, 2, 1), generate=2),
+        Case(train=(2, 2, 2), generate=2),
+        Case(train=(2, 2, 2), generate=1),
+        Case(train=(4, 1, 2), generate=2),
+    ],
+}
+"""All pairs of the design but (1, 1, 4) -> 1, which moves nothing."""
 CYCLES, WARM_CYCLES = 50, 10
 ROUNDS = 5
 """Reshards of which the quietest counts: other threads of the process add memory, never take it."""
@@ -49,9 +67,9 @@ class Growth:
     """After the release."""
 
 
-def _growth() -> list[Growth]:
+def _growth(world_size: int) -> list[Growth]:
     rows = []
-    for case in (Case(train=(2, 2, 1), generate=1), Case(train=(1, 2, 2), generate=2)):
+    for case in CASES[world_size]:
         groups = ProcessGroups.create(case.source)
         actor = build_actor(case, WIDE, torch.float32, groups=groups)
         resharder = Resharder(actor.arena, actor.groups)
@@ -72,11 +90,12 @@ def _growth() -> list[Growth]:
     return rows
 
 
-def test_a_reshard_takes_the_planned_memory_and_gives_it_back() -> None:
-    for rank, rows in enumerate(run_ranks(4, _growth)):
+@pytest.mark.parametrize("world_size", CASES)
+def test_a_reshard_takes_the_planned_memory_and_gives_it_back(world_size: int) -> None:
+    for rank, rows in enumerate(run_ranks(world_size, _growth, world_size)):
         for row in rows:
             foreign = row.ledger.foreign_shard
-            assert foreign > 10e6
+            assert foreign > 7e6
             assert abs(row.gathered - foreign) <= 0.05 * foreign, (rank, row)
             assert row.peak <= 1.05 * row.ledger.growth, (rank, row)
             assert abs(row.left) <= 0.05 * foreign, (rank, row)

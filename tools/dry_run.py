@@ -4,9 +4,9 @@
 
 The production classes (`OptModel`, `HybridEngine` with its `TrainEngine`, DeepSpeed's ZeRO-1,
 `WeightArena` and `Resharder`, `Generator` with its `PagedKvCache`) live through one training step
-and one change to generation, on fake tensors and in a process group whose other ranks do not exist.
-So a rank of OPT-175B takes seconds and no memory to speak of. A ledger below every operation counts
-the bytes of living tensors; what is in no pool is shown too.
+and one change to generation, for which they make room as the plan says: on fake tensors, and in a
+process group whose other ranks do not exist. So a rank of OPT-175B takes seconds and no memory to
+speak of. A ledger below every operation counts living tensors, whatever pool they are in.
 
 Fake tensors have no values. Where production code asks for one (the length of a row, whether a
 gradient is finite), the ledger answers, and lists who asked.
@@ -41,6 +41,7 @@ from megachat.cli.plan import architecture, parse_layout
 from megachat.errors import ConfigError, MegachatError
 from megachat.generation.generator import GenerationConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import ModelOptions
 from megachat.model.opt import OptModel
 from megachat.model.specs import Placement
@@ -48,8 +49,8 @@ from megachat.parallel import cpu_compat
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.planner.hardware import GB, cluster_config
-from megachat.planner.job import Job, Role
-from megachat.planner.records import MemoryPlan, Phase, Pool
+from megachat.planner.job import Role
+from megachat.planner.records import Phase, Pool
 from megachat.planner.search import Plan, PlanRequest, RoleOptions, check_fits
 from megachat.planner.traffic import reshard_traffic
 from megachat.records import SftBatch
@@ -68,10 +69,13 @@ class RehearsedBytes:
     """What one rank allocated."""
 
     pools: dict[Pool, int]
-    other: int
-    """Bytes of living tensors that are in no pool."""
+    """In the phase that needs each."""
+    alive: int
+    """All living tensors after a training step, the whole arena included."""
+    kept: int
+    """Of training's pools, what is on the device while generating."""
     received: int
-    """Bytes that the change to generation brought from other ranks."""
+    """What the change to generation brought from other ranks."""
     reads: tuple[str, ...]
     """Source lines that asked for a tensor's value and were answered without one."""
 
@@ -86,8 +90,8 @@ class Row:
 
     @property
     def difference(self) -> float:
-        """As a part of the plan."""
-        return (self.rehearsed - self.planned) / self.planned if self.planned else 0.0
+        """As a part of the plan, or of a MiB where less is planned (memory comes in pages)."""
+        return (self.rehearsed - self.planned) / max(self.planned, 2**20)
 
 
 class ByteLedger(TorchDispatchMode):
@@ -154,36 +158,41 @@ def fake_rank(layout: ParallelLayout, rank: int) -> Iterator[ProcessGroups]:
         dist.destroy_process_group()
 
 
-def rehearse(job: Job, *, rank: int, cache_bytes: int) -> RehearsedBytes:
-    """Builds one rank's actor, trains it for a step and changes it to generation.
+def rehearse(plan: Plan, *, rank: int) -> RehearsedBytes:
+    """Builds one rank's actor, trains it for a step and changes it to generation as planned.
 
     Args:
-        job: What runs.
+        plan: What runs, what makes room for generation, and the size of its cache.
         rank: Any rank of its layout.
-        cache_bytes: What generation may use for keys and values.
     """
-    rows, tokens = job.actor.layout.data * job.actor.micro_batch_rows, job.workload.sft_tokens
+    setup, tokens = plan.job.actor, plan.job.workload.sft_tokens
     ledger = ByteLedger(row_tokens=tokens)
     # The arena's and the cache's own address ranges are real, and never touched.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_rank(job.actor.layout, rank) as groups, warnings.catch_warnings(), fake, ledger:
+    with fake_rank(setup.layout, rank) as groups, warnings.catch_warnings(), fake, ledger:
         warnings.simplefilter("ignore")
-        actor = _actor(job, groups, cache_bytes=cache_bytes)
-        _train_one_step(actor, rows=rows, tokens=tokens)
+        actor = _actor(plan, groups)
+        _train_one_step(actor, rows=setup.layout.data * setup.micro_batch_rows, tokens=tokens)
+        gc.collect()
+        alive, pools = ledger.live, _training_pools(actor)
         actor.eval()
         assert actor.last_reshard is not None, "eval() gathers"
-        pools = _pools(actor)
-        gc.collect()
+        kept = sum(_training_pools(actor).values())
+        # All parameters are views of the arena, whose storage is the generation shard.
+        arena = _storage_bytes(actor.training.model.parameters())
+        pools[Pool.FOREIGN_BLOCKS] = arena - pools[Pool.WEIGHTS] - pools[Pool.EMBEDDINGS]
+        pools[Pool.KV_CACHE] = _storage_bytes([actor.generator.cache.pool])
         return RehearsedBytes(
             pools=pools,
-            other=ledger.live - sum(pools.values()),
+            alive=alive,
+            kept=kept,
             received=actor.last_reshard.received_bytes,
             reads=tuple(ledger.reads),
         )
 
 
-def _actor(job: Job, groups: ProcessGroups, *, cache_bytes: int) -> HybridEngine:
-    setup = job.actor
+def _actor(plan: Plan, groups: ProcessGroups) -> HybridEngine:
+    job, setup = plan.job, plan.job.actor
     options = ModelOptions(
         dtype={2: torch.bfloat16, 4: torch.float32}[setup.value_bytes],
         sequence_parallel=setup.is_sequence_parallel,
@@ -197,11 +206,12 @@ def _actor(job: Job, groups: ProcessGroups, *, cache_bytes: int) -> HybridEngine
         total_steps=1,
         seed=1,
         generation=GenerationConfig(
-            kv_cache_gb=(cache_bytes + 1) / GB,
+            kv_cache_gb=(plan.memory.cache.num_bytes + 1) / GB,
             block_size=job.block_tokens,
             max_sequences=job.most_at_once,
             prefill_tokens=job.prefill_tokens,
         ),
+        measures=MemoryMeasures(**{str(measure): True for measure in plan.memory.measures}),
     )
     model = OptModel(setup.config, groups=groups, head=setup.head, options=options, seed=None)
     return HybridEngine(model, settings, stop_ids=(setup.config.eos_id,))
@@ -223,23 +233,17 @@ def _train_one_step(actor: HybridEngine, *, rows: int, tokens: int) -> None:
     assert not report.skipped, "a skipped step would leave out the moments"
 
 
-def _pools(actor: HybridEngine) -> dict[Pool, int]:
-    """Bytes behind the pools of an actor that generates; building its generator takes the cache."""
+def _training_pools(actor: HybridEngine) -> dict[Pool, int]:
+    """Bytes on the device behind the pools of training."""
     model, state = actor.training.model, actor.training.optimizer_tensors()
-    specs = model.parameters_by_spec()
+    tensors = model.parameters_by_spec()
     in_layers = {spec.name for spec in model.global_specs() if spec.placement is Placement.LAYER}
-    weights = sum(tensor.nbytes for name, tensor in specs.items() if name in in_layers)
-    embeddings = sum(tensor.nbytes for name, tensor in specs.items() if name not in in_layers)
-    # All parameters are views of the arena, whose storage is the generation shard.
-    arena = _storage_bytes(specs.values())
     return {
-        Pool.WEIGHTS: weights,
-        Pool.EMBEDDINGS: embeddings,
+        Pool.WEIGHTS: sum(tensors[name].nbytes for name in tensors if name in in_layers),
+        Pool.EMBEDDINGS: sum(tensors[name].nbytes for name in tensors if name not in in_layers),
         Pool.GRADIENTS: _storage_bytes(state.gradients),
         Pool.MASTERS: _storage_bytes(state.masters),
         Pool.MOMENTS: _storage_bytes(state.moments),
-        Pool.FOREIGN_BLOCKS: arena - weights - embeddings,
-        Pool.KV_CACHE: _storage_bytes([actor.generator.cache.pool]),
     }
 
 
@@ -249,39 +253,32 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def planned_pools(memory: MemoryPlan, *, rank: int) -> dict[Pool, int]:
-    """What the plan says of the same pools."""
-    ranks = next(ranks for ranks in memory.ranks if rank in ranks.ranks)
-    return {
-        pool: ranks.phase(phase).bytes_of(pool, role=Role.ACTOR)
-        for phase, pools in (
-            (Phase.PPO_TRAINING, _TRAINING_POOLS),
-            (Phase.GENERATION, _GENERATION_POOLS),
-        )
-        for pool in pools
-    }
-
-
 def compare(plan: Plan, *, rank: int) -> tuple[list[Row], RehearsedBytes]:
-    """A rank's plan and its rehearsal, pool by pool, and the bytes that a reshard receives."""
-    rehearsed = rehearse(plan.job, rank=rank, cache_bytes=plan.memory.cache.num_bytes)
-    planned = planned_pools(plan.memory, rank=rank)
-    rows = [
-        Row(name=pool.value, planned=planned[pool], rehearsed=rehearsed.pools[pool])
-        for pool in planned
-    ]
-    rows.append(
-        Row(
-            name="all pools and everything else",
-            planned=sum(planned.values()),
-            rehearsed=sum(rehearsed.pools.values()) + rehearsed.other,
-        )
+    """A rank's plan and its rehearsal: pool by pool, then what else can be held side by side."""
+    memory = next(memory for memory in plan.memory.ranks if rank in memory.ranks)
+    training, generation = (
+        {
+            pool: memory.phase(phase).bytes_of(pool, role=Role.ACTOR)
+            for pool in (*_TRAINING_POOLS, *_GENERATION_POOLS)
+        }
+        for phase in (Phase.PPO_TRAINING, Phase.GENERATION)
     )
+    planned = {pool: training[pool] for pool in _TRAINING_POOLS}
+    planned |= {pool: generation[pool] for pool in _GENERATION_POOLS}
     stage = plan.job.actor.layout.coordinate(rank).pipeline
     traffic = next(item for item in reshard_traffic(plan.job, plan.cluster) if item.stage == stage)
-    rows.append(
-        Row(name="received by a reshard", planned=traffic.received, rehearsed=rehearsed.received)
-    )
+    rehearsed = rehearse(plan, rank=rank)
+    rows = [
+        Row(name=pool.value, planned=num_bytes, rehearsed=rehearsed.pools[pool])
+        for pool, num_bytes in planned.items()
+    ]
+    alive = sum(training.values()) + generation[Pool.FOREIGN_BLOCKS]
+    kept = sum(generation[pool] for pool in _TRAINING_POOLS)
+    rows += [
+        Row(name="everything after a step", planned=alive, rehearsed=rehearsed.alive),
+        Row(name="training's while generating", planned=kept, rehearsed=rehearsed.kept),
+        Row(name="received by a reshard", planned=traffic.received, rehearsed=rehearsed.received),
+    ]
     return rows, rehearsed
 
 

@@ -86,7 +86,7 @@ def _emulator_object(name: str, variant: Variant) -> Path:
 
 
 def _build(name: str, inputs: Sequence[Path], arguments: Sequence[str], *, seen: object) -> Path:
-    """Runs g++ into the cache, under a name that its inputs, its flags and its version determine."""
+    """Runs g++ into the cache, under a name that inputs, flags and its version determine."""
     digest = hashlib.sha256(repr((seen, _compiler_version())).encode())
     for path in inputs:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

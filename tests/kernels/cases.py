@@ -247,9 +247,9 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor, splits: int) -> tupl
     A score is a sum of at most 8 products in a lane and 5 levels over lanes, scaled before: 14
     roundings of at most the sum of absolute products; the exponential turns that into a relative
     error of its weight, to which its own few roundings come. Weights and their sum then go through
-    one addition a token of a group, of which there are at least four, and the tree above. The result is a mean of
-    values, so its error is that relative error times a mean of absolute values, twice: above and
-    below the fraction.
+    one addition a token of a group, of which there are at least four, and the tree above. The
+    result is a mean of values, so its error is that relative error times a mean of absolute
+    values, twice: above and below the fraction.
     """
     products = query.double() * keys.double()
     scale = query.shape[1] ** -0.5

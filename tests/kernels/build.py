@@ -22,6 +22,7 @@ CACHE = ROOT / "build" / "kernels"
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra", "-Werror")
 _KERNEL = (*_COMMON, "-O1", "-Wno-unknown-pragmas")
 """`#pragma unroll` is nvcc's."""
+_ASAN_CALLS = ("--param", "asan-instrumentation-with-call-threshold=0")
 _EMULATOR = (*_COMMON, "-O2")
 _EMULATOR_SOURCES = ("simt.cpp", "fiber.cpp")
 
@@ -35,8 +36,12 @@ class Variant(Enum):
 
     @property
     def kernel_flags(self) -> tuple[str, ...]:
-        sanitizer = {Variant.ASAN: "address", Variant.TSAN: "thread"}.get(self)
-        return (f"-fsanitize={sanitizer}",) if sanitizer else ()
+        return {
+            Variant.PLAIN: (),
+            # Checks as calls, not inline: a third of the time to compile.
+            Variant.ASAN: ("-fsanitize=address", *_ASAN_CALLS),
+            Variant.TSAN: ("-fsanitize=thread",),
+        }[self]
 
     @property
     def emulator_flags(self) -> tuple[str, ...]:

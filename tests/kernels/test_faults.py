@@ -16,6 +16,7 @@ import torch
 from tests.kernels.build import KERNELS, Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.launch import FORWARD, ORDERS, RANDOM
+from tests.kernels.logprob_cases import gradient_case, statistics_case
 
 ONE_FORMAT = (
     ("include/numeric.h", "return run(static_cast<float*>(nullptr));", "break;"),
@@ -27,6 +28,7 @@ ONE_FORMAT = (
 """Leaves bf16 and a head size of 80, so that a fault compiles in a second."""
 
 NORM, APPEND, DECODE = "bias_residual_layer_norm", "kv_append", "paged_attention_decode"
+LOGPROBS = "token_logprobs"
 
 CASES: dict[str, tuple[Callable[[], Case], ...]] = {
     NORM: (lambda: layer_norm_case(torch.bfloat16, hidden=1000, tokens=2),),
@@ -36,6 +38,10 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
         lambda: decode_case(
             torch.bfloat16, head_dim=80, block_size=32, lengths=(0, 151), splits=3, heads=1
         ),
+    ),
+    LOGPROBS: (
+        lambda: statistics_case(torch.bfloat16, width=2056, padding=3),
+        lambda: gradient_case(torch.bfloat16, width=264, padding=3),
     ),
 }
 
@@ -99,12 +105,6 @@ FAULTS = (
     ),
     Fault("groups of a warp not combined", DECODE, "combine_warp<T, kLanes>(state);", ""),
     Fault(
-        "last warp left out",
-        DECODE,
-        "for (int w = 0; w < kWarps; ++w) {",
-        "for (int w = 0; w < kWarps - 1; ++w) {",
-    ),
-    Fault(
         "first split left out",
         DECODE,
         "for (int s = 0; s < a.splits; ++s) {",
@@ -112,7 +112,6 @@ FAULTS = (
     ),
     # The running softmax.
     Fault("sum not rescaled", DECODE, "state.sum *= decay;", ""),
-    Fault("values not rescaled", DECODE, "state.mixed[i] *= decay;", ""),
     Fault("empty row divided by zero", DECODE, "sum == 0.0f ? 0.0f : mixed / sum", "mixed / sum"),
     Fault(
         "empty split weighted with exp2(-inf + inf)",
@@ -161,9 +160,6 @@ FAULTS = (
         watch=Variant.ASAN,
     ),
     Fault(
-        "keys taken for values", DECODE, "load_raw(a.values + offset)", "load_raw(a.keys + offset)"
-    ),
-    Fault(
         "columns beyond the width written",
         NORM,
         "    if (column >= a.hidden) continue;\n    float gamma",
@@ -171,12 +167,6 @@ FAULTS = (
         watch=Variant.ASAN,
     ),
     Fault("unrounded stream normalised", NORM, "round_pack<T>(values[p]);", ""),
-    Fault(
-        "variance divided by one less",
-        NORM,
-        "/ a.hidden + a.epsilon)",
-        "/ (a.hidden - 1) + a.epsilon)",
-    ),
     Fault(
         "packs beyond the token moved",
         APPEND,
@@ -189,12 +179,31 @@ FAULTS = (
         "part == 1 ? a.keys : a.values",
         "part == 1 ? a.values : a.keys",
     ),
-    Fault("query put into the slot", APPEND, "part == 0 ? static_cast<size_t>(token) : ", ""),
     Fault(
         "heads of a slot overlap",
         APPEND,
         "(place * a.heads + head)",
         "(place * a.heads + head / 2)",
+    ),
+    Fault("barrier before merging warps removed", LOGPROBS, "  __syncthreads();\n", ""),
+    Fault("weighted sum not shifted", LOGPROBS, "(weighted + step * sum)", "weighted"),
+    Fault(
+        "sum rescaled before the weighted sum needs it",
+        LOGPROBS,
+        "    weighted = factor * (weighted + step * sum);\n    sum *= factor;\n",
+        "    sum *= factor;\n    weighted = factor * (weighted + step * sum);\n",
+    ),
+    Fault("step between lanes removed", LOGPROBS, "bit = kWarpSize / 2;", "bit = kWarpSize / 4;"),
+    Fault("token behind the slice counted", LOGPROBS, "target < a.width", "target <= a.width"),
+    Fault("token before the slice counted", LOGPROBS, "target >= 0 && ", ""),
+    Fault(
+        "gradient in the next column", LOGPROBS, "column + i == target", "column + i == target + 1"
+    ),
+    Fault(
+        "padded columns not kept apart",
+        LOGPROBS,
+        "< kNegligible ? kNegligible :",
+        "< -1e39 ? 0.0f :",
     ),
 )
 

@@ -4,6 +4,7 @@ This needs the CUDA toolkit but no GPU, and says nothing of how fast the kernels
 """
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.build import KERNELS
+from tests.kernels.build import CACHE, KERNELS
 
 ARCHITECTURES = ("80", "90a")
 BUDGETS = json.loads((KERNELS / "budgets.json").read_text())
@@ -55,20 +56,29 @@ REPORT = re.compile(
 
 @functools.cache
 def compiled(kernel: str) -> Compiled:
-    """Compiles a source with warnings as errors."""
+    """Compiles a source with warnings as errors, unless this very compiler has done so before."""
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     flags = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills")
     source = KERNELS / "cuda" / f"{kernel}.cu"
-    with tempfile.TemporaryDirectory() as folder:
-        kept = ("-keep", "-keep-dir", folder)
-        ran = subprocess.run(
-            [str(NVCC), *flags, *targets, *kept, "-c", str(source), "-o", f"{folder}/out.o"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
-        ptx = next(Path(folder).glob(f"*compute_{ARCHITECTURES[0]}*.ptx")).read_text()
+    digest = hashlib.sha256(repr((flags, targets, _version())).encode())
+    for path in (source, *sorted((KERNELS / "include").glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = CACHE / digest.hexdigest()[:16]
+    report, ptx = folder / f"{kernel}.ptxas", folder / f"{kernel}.ptx"
+    if not report.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            kept = ("-keep", "-keep-dir", scratch)
+            ran = subprocess.run(
+                [str(NVCC), *flags, *targets, *kept, "-c", str(source), "-o", f"{scratch}/out.o"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert ran.returncode == 0, ran.stderr
+            next(Path(scratch).glob(f"*compute_{ARCHITECTURES[0]}*.ptx")).replace(ptx)
+            (Path(scratch) / "report").write_text(ran.stdout + ran.stderr)
+            (Path(scratch) / "report").replace(report)
     entries = tuple(
         Entry(
             name=found["name"],
@@ -77,10 +87,15 @@ def compiled(kernel: str) -> Compiled:
             spilled_bytes=int(found["stores"]) + int(found["loads"]),
             registers=int(found["registers"]),
         )
-        for found in REPORT.finditer(ran.stdout + ran.stderr)
+        for found in REPORT.finditer(report.read_text())
     )
-    bodies = re.split(r"\.entry (\w+)", ptx)[1:]
+    bodies = re.split(r"\.entry (\w+)", ptx.read_text())[1:]
     return Compiled(entries, dict(zip(bodies[::2], bodies[1::2], strict=True)))
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
 
 
 def test_every_kernel_has_a_budget() -> None:

@@ -12,6 +12,7 @@ import torch
 from tests.kernels.build import Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.launch import FORWARD, RANDOM
+from tests.kernels.logprob_cases import gradient_case, statistics_case
 
 TINY: dict[str, Callable[[], Case]] = {
     "pre-LN of one pack a thread": lambda: layer_norm_case(torch.float32, hidden=136, tokens=2),
@@ -25,6 +26,8 @@ TINY: dict[str, Callable[[], Case]] = {
     "decode in two splits": lambda: decode_case(
         torch.float16, head_dim=80, block_size=16, lengths=(70,), splits=2, heads=1
     ),
+    "statistics": lambda: statistics_case(torch.bfloat16, width=264, tokens=2),
+    "gradient": lambda: gradient_case(torch.bfloat16, width=264, tokens=2),
 }
 
 

@@ -1,0 +1,38 @@
+"""The kernels under AddressSanitizer and ThreadSanitizer, on tiny grids.
+
+Buffers are heap blocks of exactly the size that a launcher asks for, shared memory likewise.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.build import Variant
+from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
+from tests.kernels.launch import FORWARD, RANDOM
+from tests.kernels.logprob_cases import gradient_case, statistics_case
+
+TINY: dict[str, Callable[[], Case]] = {
+    "pre-LN of one pack a thread": lambda: layer_norm_case(torch.float32, hidden=136, tokens=2),
+    "post-LN of two packs a thread": lambda: layer_norm_case(
+        torch.float32, hidden=1032, tokens=1, pre=False, in_place=True
+    ),
+    "append": lambda: append_case(torch.bfloat16, head_dim=80, block_size=16, tokens=2, heads=2),
+    "decode in one split": lambda: decode_case(
+        torch.bfloat16, head_dim=64, block_size=16, lengths=(0, 37), heads=1
+    ),
+    "decode in two splits": lambda: decode_case(
+        torch.float16, head_dim=80, block_size=16, lengths=(70,), splits=2, heads=1
+    ),
+    "statistics": lambda: statistics_case(torch.bfloat16, width=264, tokens=2),
+    "gradient": lambda: gradient_case(torch.bfloat16, width=264, tokens=2),
+}
+
+
+@pytest.mark.parametrize("variant", [Variant.ASAN, Variant.TSAN], ids=lambda v: v.value)
+@pytest.mark.parametrize("name", TINY)
+def test_nothing_is_found(name: str, variant: Variant, tmp_path: Path) -> None:
+    order = RANDOM if variant is Variant.TSAN else FORWARD
+    assert TINY[name]().fault_isolated(order, variant=variant, folder=tmp_path) == ""

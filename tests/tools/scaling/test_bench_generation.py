@@ -29,6 +29,7 @@ def _measured(folder: str) -> bench.Settings:
         dtype="fp32",
         threads=1,
         repeats=2,
+        clock="cpu",
         peer=list(bench.PEERS),
     )
     worker = Worker(

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
+from megachat.ops import cpu_kernels
+from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
 from megachat.ops.tiled_linear import tiled_linear
 from megachat.parallel.collectives import all_reduce_sum
 
-_LAYER_NORM_EPSILON = 1e-5
+_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +79,10 @@ class ModelRunner:
             backend: Who computes the operations of the registry.
 
         Raises:
-            KernelError: The backend lacks one of them.
+            KernelError: The backend lacks one of them, or cannot be built here.
         """
+        if backend is Backend.CPU:
+            cpu_kernels.prepare()
         self._weights = weights
         self._cache = cache
         self._group = weights.groups.tensor
@@ -87,6 +91,8 @@ class ModelRunner:
         self._attend_decode = paged_attention_decode.on(backend)
         self._attend_prefill = paged_attention_prefill.on(backend)
         self._tiled_linear = tiled_linear.on(backend)
+        self._bias_relu = bias_relu.on(backend)
+        self._add_and_norm = bias_residual_layer_norm.on(backend)
 
     @torch.no_grad()
     def forward(self, step: PackedStep) -> Tensor:
@@ -96,10 +102,17 @@ class ModelRunner:
             `[outputs, padded_vocab/tp]` logits of this rank's slice of the vocabulary; padding
             columns hold the dtype's lowest number.
         """
+        layers = self._weights.layers
         hidden = self._embed(step.tokens, step.positions)
-        for number, layer in enumerate(self._weights.layers):
-            hidden = self._layer(hidden, number, layer, step)
-        return self._logits(hidden if step.outputs is None else hidden[step.outputs])
+        normed = hidden
+        if self._norm_first:
+            first = layers[0]
+            normed = F.layer_norm(
+                hidden, hidden.shape[-1:], first.norm1_weight, first.norm1_bias, _EPSILON
+            )
+        for number in range(len(layers)):
+            hidden, normed = self._layer(hidden, normed, number, step)
+        return self._logits(normed if step.outputs is None else normed[step.outputs])
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """`[tokens]` ids to `[tokens, hidden]`."""
@@ -113,27 +126,59 @@ class ModelRunner:
         return hidden + F.embedding(positions + POSITION_OFFSET, weights.positions)
 
     def _layer(
-        self, hidden: Tensor, number: int, layer: GenerationLayer, step: PackedStep
-    ) -> Tensor:
-        """One transformer layer, pre-LN or post-LN, `[tokens, hidden]` both ways."""
-        norm1 = (layer.norm1_weight, layer.norm1_bias)
-        norm2 = (layer.norm2_weight, layer.norm2_bias)
-        before = self._norm(hidden, *norm1) if self._norm_first else hidden
-        attended = self._attention(before, number, layer, step)
-        hidden = hidden + attended
+        self, hidden: Tensor, normed: Tensor, number: int, step: PackedStep
+    ) -> tuple[Tensor, Tensor]:
+        """One transformer layer, pre-LN or post-LN.
+
+        Args:
+            hidden: `[tokens, hidden]`, what the layer adds to.
+            normed: `[tokens, hidden]`, what its attention reads: `hidden`, normalised in pre-LN.
+            number: Of the layer.
+            step: What is computed.
+
+        Returns:
+            The same two of the next layer; after the last one, `normed` is what the output
+            embedding reads. In post-LN both are one.
+        """
+        layer = self._weights.layers[number]
+        attended = self._attention(normed, number, layer, step)
+        # The norm after attention is the second one in pre-LN order, and the first one in post-LN.
+        norm = (
+            (layer.norm2_weight, layer.norm2_bias)
+            if self._norm_first
+            else (layer.norm1_weight, layer.norm1_bias)
+        )
+        hidden, normed = self._add(attended, layer.proj_bias, hidden, norm)
+        inner = self._bias_relu(self._linear(normed, layer.fc1_weight), layer.fc1_bias)
+        out = self._row_parallel(inner, layer.fc2_weight)
+        return self._add(out, layer.fc2_bias, hidden, self._norm_after(number))
+
+    def _norm_after(self, number: int) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the LayerNorm that follows a layer's feed-forward block."""
+        weights = self._weights
         if not self._norm_first:
-            hidden = self._norm(hidden, *norm1)
-        before = self._norm(hidden, *norm2) if self._norm_first else hidden
-        inner = F.linear(before, layer.fc1_weight, layer.fc1_bias).relu_()
-        hidden = hidden + self._row_parallel(inner, layer.fc2_weight, layer.fc2_bias)
-        return hidden if self._norm_first else self._norm(hidden, *norm2)
+            layer = weights.layers[number]
+            return layer.norm2_weight, layer.norm2_bias
+        if number + 1 < len(weights.layers):
+            layer = weights.layers[number + 1]
+            return layer.norm1_weight, layer.norm1_bias
+        weight, bias = weights.final_norm_weight, weights.final_norm_bias
+        assert weight is not None and bias is not None, "a pre-LN model ends in a norm"
+        return weight, bias
+
+    def _add(
+        self, x: Tensor, bias: Tensor, residual: Tensor, norm: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The next `hidden` and `normed` from a block's output."""
+        total, normed = self._add_and_norm(x, bias, residual, *norm, _EPSILON)
+        return (total if self._norm_first else normed), normed
 
     def _attention(
         self, hidden: Tensor, number: int, layer: GenerationLayer, step: PackedStep
     ) -> Tensor:
         """Projects to heads, attends over the pages, projects back."""
         keys, values = self._cache.layer(number)
-        qkv = F.linear(hidden, layer.qkv_weight)
+        qkv = self._linear(hidden, layer.qkv_weight)
         query = self._append(qkv, layer.qkv_bias, keys, values, step.slots)
         parts, num_rows = [], 0
         if step.decode is not None:
@@ -150,22 +195,21 @@ class ModelRunner:
                 )
             )
         mixed = (torch.cat(parts) if len(parts) > 1 else parts[0]).flatten(1)
-        return self._row_parallel(mixed, layer.proj_weight, layer.proj_bias)
+        return self._row_parallel(mixed, layer.proj_weight)
 
-    def _row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A product whose input dimension is cut over the tensor group; the bias is added once."""
-        return all_reduce_sum(self._tiled_linear(x, weight), self._group) + bias
+    def _row_parallel(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A product whose input dimension is cut over the tensor group, without its bias."""
+        return all_reduce_sum(self._tiled_linear(x, weight), self._group)
 
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], weight, bias, _LAYER_NORM_EPSILON)
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """A product with a weight `[out, in]`: one tile."""
+        return self._tiled_linear(x, weight[None])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """`[outputs, hidden]` to `[outputs, padded_vocab/tp]`."""
+        """`[outputs, hidden]`, normalised, to `[outputs, padded_vocab/tp]`."""
         weights = self._weights
-        if weights.final_norm_weight is not None and weights.final_norm_bias is not None:
-            hidden = self._norm(hidden, weights.final_norm_weight, weights.final_norm_bias)
         if weights.project_out is not None:
-            hidden = F.linear(hidden, weights.project_out)
-        logits = F.linear(hidden, weights.words)
+            hidden = self._linear(hidden, weights.project_out)
+        logits = self._linear(hidden, weights.words)
         logits[:, weights.local_vocab :] = torch.finfo(logits.dtype).min
         return logits

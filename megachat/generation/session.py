@@ -266,7 +266,7 @@ class DecodeSession:
             [(chunk.sequence, chunk.slot, chunk.start, chunk.num_tokens) for chunk in chunks],
             device=self._device,
         )
-        answers, slots, starts, counts = numbers.t()
+        answers, slots, starts, counts = numbers.t().contiguous()
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         chunk = torch.arange(len(chunks), device=self._device).repeat_interleave(counts)
         inside = torch.arange(len(chunk), device=self._device) - offsets[chunk]

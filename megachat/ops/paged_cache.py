@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megachat.ops.registry import Op, register
+from megachat.ops import cpu_kernels
+from megachat.ops.registry import Backend, Op, register
 
 GATHER_ELEMENTS = 1 << 20
 """Keys that the reference copies out of their pages at once, so that the copy stays in a cache."""
@@ -140,6 +141,7 @@ kv_append = register(
         ),
         reference=_append,
         tolerance=_TOLERANCE,
+        backends={Backend.CPU: cpu_kernels.kv_append},
     )
 )
 """QKV bias, scatter of keys and values into their pages."""
@@ -152,6 +154,7 @@ paged_attention_decode = register(
         ),
         reference=_decode,
         tolerance=_TOLERANCE,
+        backends={Backend.CPU: cpu_kernels.paged_attention_decode},
     )
 )
 """One query token per row against its pages."""
@@ -165,6 +168,7 @@ paged_attention_prefill = register(
         ),
         reference=_prefill,
         tolerance=_TOLERANCE,
+        backends={Backend.CPU: cpu_kernels.paged_attention_prefill},
     )
 )
 """Ragged chunks of query tokens, causal, against their pages."""

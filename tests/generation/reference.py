@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megachat.generation.generator import Generator
+from megachat.generation.generator import GenerationConfig, Generator
 from megachat.generation.sampling import SamplingConfig
 from megachat.model import OptConfig
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.records import PromptBatch
 from tests.model import reference as ref
 
@@ -48,9 +49,14 @@ def prompts(config: OptConfig, case: Case) -> PromptBatch:
     return batch.select(torch.tensor(case.rows))
 
 
-def generator(model: OptModel, case: Case) -> Generator:
+def generator(model: OptModel, case: Case, *, backend: Backend = Backend.REFERENCE) -> Generator:
     """The generator of a case."""
-    return Generator(model, stop_ids=case.stop_ids, suppressed_ids=case.suppressed_ids)
+    return Generator(
+        model,
+        stop_ids=case.stop_ids,
+        suppressed_ids=case.suppressed_ids,
+        config=GenerationConfig(backend=backend),
+    )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from megachat.errors import MegachatError
 from megachat.generation.generator import Generator
 from megachat.generation.sampling import SamplingConfig
 from megachat.model import Head
+from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.scoring import ResponseLogprobs
@@ -23,6 +24,7 @@ from tests.model import reference as ref
 SINGLE, TP2, DP2 = ParallelLayout(), ParallelLayout(tensor=2), ParallelLayout(data=2)
 PP2 = ParallelLayout(pipeline=2)
 LAYOUTS = (SINGLE, TP2, DP2)
+BACKENDS = (Backend.REFERENCE, Backend.CPU)
 GREEDY = Case(
     sampling=SamplingConfig(max_new_tokens=8, temperature=0.0), stop_ids=(), suppressed_ids=()
 )
@@ -79,6 +81,7 @@ def _answer(
     scorers: tuple[ParallelLayout, ...],
     cases: Mapping[str, Mapping[str, Case]],
     dtype: torch.dtype,
+    backend: Backend,
 ) -> Answers:
     """All cases of all configurations under the layouts of one world."""
     answers = {}
@@ -91,7 +94,7 @@ def _answer(
         engines = {layout: ForwardEngine(models[layout], micro_batch_rows=3) for layout in scorers}
         for layout in layouts:
             for title, case in cases[name].items():
-                rollout = gen.generator(models[layout], case).generate(
+                rollout = gen.generator(models[layout], case, backend=backend).generate(
                     gen.prompts(config, case), sampling=case.sampling, seed=case.seed
                 )
                 temperature = case.sampling.temperature or 1.0
@@ -138,11 +141,12 @@ def cases() -> dict[str, dict[str, Case]]:
     return {name: {**CASES, **extra} for name, extra in _greedy_cases().items()}
 
 
-@pytest.fixture(scope="module")
-def answers(cases: dict[str, dict[str, Case]]) -> Answers:
+@pytest.fixture(scope="module", params=BACKENDS)
+def answers(request: pytest.FixtureRequest, cases: dict[str, dict[str, Case]]) -> Answers:
     """The fp32 answers of all layouts; every rank of a layout says the same."""
-    (single,) = run_ranks(1, _answer, (SINGLE,), (SINGLE,), cases, torch.float32)
-    first, second = run_ranks(2, _answer, (TP2, DP2), (TP2, DP2, PP2), cases, torch.float32)
+    how = (cases, torch.float32, request.param)
+    (single,) = run_ranks(1, _answer, (SINGLE,), (SINGLE,), *how)
+    first, second = run_ranks(2, _answer, (TP2, DP2), (TP2, DP2, PP2), *how)
     for key, answer in first.items():
         assert not _differences(second[key].rollout, answer.rollout), key
     return single | first
@@ -214,10 +218,11 @@ def test_sampled_log_probs_equal_what_every_training_layout_recomputes(
             assert gap <= 1e-5, (title, scorer)
 
 
-def test_bf16_log_probs_differ_from_the_training_layout_by_rounding_only() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_log_probs_differ_from_the_training_layout_by_rounding_only(backend: Backend) -> None:
     """Both paths round every activation to 8 bits; the bound is four steps of the largest logit."""
     cases = {name: {"sampled": SAMPLED} for name in CONFIGS}
-    answers = run_ranks(2, _answer, (TP2, DP2), (TP2, DP2), cases, torch.bfloat16)[0]
+    answers = run_ranks(2, _answer, (TP2, DP2), (TP2, DP2), cases, torch.bfloat16, backend)[0]
     for (name, _, layout), answer in answers.items():
         oracle = gen.oracle(CONFIGS[name])
         with torch.no_grad():

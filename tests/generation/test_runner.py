@@ -1,10 +1,14 @@
 """The runner: packed steps give the logits of HuggingFace at every position, also over tiles."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from megachat.errors import KernelError
+from megachat.generation.generator import GenerationConfig, Generator
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.runner import DecodeRows, ModelRunner, PackedStep, PrefillRows
 from megachat.generation.weights import GenerationWeights
@@ -56,7 +60,9 @@ def _step(
     )
 
 
-def _logits(weights: GenerationWeights, tokens: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _logits(
+    weights: GenerationWeights, tokens: Tensor, dtype: torch.dtype, backend: Backend
+) -> list[Tensor]:
     """Logits `[tokens, vocab]` of four packed steps: chunks, a mixture, and decoding alone."""
     cache = PagedKvCache(
         weights.config,
@@ -68,7 +74,7 @@ def _logits(weights: GenerationWeights, tokens: Tensor, dtype: torch.dtype) -> l
         device=torch.device("cpu"),
     )
     cache.tables[:, :4] = torch.tensor([[7, 2, 0, 5], [3, 11, 8, 1], [9, 4, 6, 10]])
-    runner = ModelRunner(weights, cache, backend=Backend.REFERENCE)
+    runner = ModelRunner(weights, cache, backend=backend)
     found = []
     starts = torch.zeros(3, dtype=torch.int64)
     for counts, num_decode in (((1, 5, 3), 0), ((1, 2, 4), 1), ((1, 1, 2), 2), ((1, 1, 1), 3)):
@@ -81,7 +87,7 @@ def _logits(weights: GenerationWeights, tokens: Tensor, dtype: torch.dtype) -> l
     return found
 
 
-def _compare(tensor: int) -> dict[str, float]:
+def _compare(tensor: int, backend: Backend) -> dict[str, float]:
     """Largest errors against HuggingFace, and of tiled against untiled weights."""
     gaps = {"huggingface": 0.0, "tiles": 0.0, "bf16 tiles": 0.0}
     tokens = torch.randint(0, 131, (3, 12), generator=torch.Generator().manual_seed(2))
@@ -105,8 +111,8 @@ def _compare(tensor: int) -> dict[str, float]:
                 config, ParallelLayout(tensor=tensor), reference=oracle, dtype=dtype
             )
             weights = GenerationWeights.from_model(model)
-            found = _logits(weights, tokens, dtype)
-            tiled = _logits(_tiled(weights, 2), tokens, dtype)
+            found = _logits(weights, tokens, dtype, backend)
+            tiled = _logits(_tiled(weights, 2), tokens, dtype, backend)
             gaps[key] = max(gaps[key], _gap(tiled, found))
             if dtype is torch.float32:
                 gaps["huggingface"] = max(gaps["huggingface"], _gap(found, expected))
@@ -121,11 +127,32 @@ def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-def test_packed_steps_give_the_logits_of_huggingface_whatever_the_tiles() -> None:
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CPU])
+def test_packed_steps_give_the_logits_of_huggingface_whatever_the_tiles(backend: Backend) -> None:
     """Chunked prompts, prompts beside running rows, running rows alone; one and two ranks."""
     for tensor in (1, 2):
-        for gaps in run_ranks(tensor, _compare, tensor):
+        for gaps in run_ranks(tensor, _compare, tensor, backend):
             assert gaps["huggingface"] < 1e-5
             assert gaps["tiles"] < 1e-5
             # Each product is rounded once to 8 bits, tiled or not; a rare tie goes the other way.
             assert gaps["bf16 tiles"] < 2.0**-7
+
+
+def _without_a_compiler(folder: str) -> str:
+    """What a runner says that cannot have its kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", folder)
+        model = ref.build_model(ref.PRE_LN, ParallelLayout(), seed=0)
+        settings = GenerationConfig(kv_cache_gb=1e-3, backend=Backend.CPU)
+        with pytest.raises(KernelError) as caught:
+            Generator(model, stop_ids=(2,), config=settings)
+        settings = GenerationConfig(kv_cache_gb=1e-3, backend=Backend.REFERENCE)
+        Generator(model, stop_ids=(2,), config=settings)
+    return str(caught.value)
+
+
+def test_without_a_compiler_generation_is_refused_at_once_and_the_reference_still_works(
+    tmp_path: Path,
+) -> None:
+    (message,) = run_ranks(1, _without_a_compiler, str(tmp_path))
+    assert "need g++" in message and 'backend = "reference"' in message

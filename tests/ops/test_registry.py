@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+import megachat.ops.epilogues
 import megachat.ops.paged_cache
 import megachat.ops.tiled_linear  # noqa: F401
 from megachat.errors import KernelError

@@ -1,0 +1,379 @@
+"""Times generation on this machine's CPU beside the limits of its memory and of its arithmetic.
+
+    python tools/scaling/bench_generation.py --model facebook/opt-125m --random-weights \
+        --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--json]
+    python tools/scaling/bench_generation.py --weights HF_FOLDER ...
+
+Every engine has the same weights and prompts and answers greedily, without stopping early. Engines
+take turns in one process, and so do the measurements of the machine's limits: on a machine that
+others use, only the shares and ratios of one run mean something.
+"""
+
+import importlib
+import inspect
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import Field
+from torch import Tensor
+
+from megachat.checkpoint.huggingface import load_huggingface, read_config
+from megachat.checkpoint.writer import save_huggingface
+from megachat.config import ConfigModel, build_config
+from megachat.errors import ConfigError, MegachatError
+from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.kv_cache import block_bytes
+from megachat.generation.sampling import SamplingConfig
+from megachat.model.config import Head, ModelOptions, OptConfig
+from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
+from megachat.parallel.layout import ParallelLayout
+from megachat.records import PromptBatch
+from megachat.telemetry.machine import CPU_INFO, processor_name
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OURS = "megachat"
+PEERS = ("transformers", "reference")
+"""HuggingFace's `generate`, and megachat's own engine on plain torch."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""CPU time, with one thread, leaves out what other processes of a busy machine take."""
+_READ_BYTES = 1 << 28
+_GEMM_SIZE = 1024
+
+
+class Settings(ConfigModel):
+    """What is measured; the options of the command line."""
+
+    model: str = Field(default="facebook/opt-125m", description="Hub name of a published size.")
+    weights: str | None = Field(default=None, description="HuggingFace folder, for --model.")
+    random_weights: bool = Field(default=False, description="Draw the weights of --model.")
+    batch: int = Field(default=8, ge=1, description="Prompts.")
+    prompt: int = Field(default=128, ge=1, description="Tokens of each prompt.")
+    new: int = Field(default=64, ge=2, description="Tokens of each answer.")
+    dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$", description="bf16 or fp32.")
+    threads: int = Field(default_factory=num_cores, ge=1, description="Of the CPU.")
+    block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
+    repeats: int = Field(default=3, ge=1, description="Measured runs of each engine.")
+    clock: str = Field(
+        default="wall", pattern="^(wall|cpu)$", description="wall, or cpu time of this process."
+    )
+    peer: list[str] = Field(default=[], description="transformers or reference; repeatable.")
+
+    @property
+    def config(self) -> OptConfig:
+        """Architecture."""
+        return read_config(self.model if self.weights is None else self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One answer to the whole batch."""
+
+    total: float
+    """Seconds."""
+    prefill: float | None
+    """Seconds until the first token of every answer; None where an engine does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """One engine: medians over the repeats."""
+
+    engine: str
+    tokens_per_second: float
+    """New tokens over all seconds, prompts included."""
+    slowest_tokens_per_second: float
+    fastest_tokens_per_second: float
+    prefill_seconds: float | None
+    decode_ms_per_step: float | None
+    bandwidth_share: float | None
+    """Bytes that a decode step cannot but read, over what the memory delivers in its time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What this machine did in the same run, the best of several tries."""
+
+    read_gb_s: float
+    """10^9 bytes a second, reading a buffer much larger than the caches."""
+    gemm_tflop_s: float
+    """10^12 operations a second in a large product of the run's dtype."""
+
+
+Run = Callable[[], tuple[Timing, Tensor]]
+"""Answers once; the tokens are `[batch, new]`."""
+
+
+def minimal_step_bytes(settings: Settings) -> int:
+    """Bytes that a decode step must read: all weights but embeddings looked up, keys and values.
+
+    The cache counts at its mean length over the answer.
+    """
+    config, size = settings.config, DTYPES[settings.dtype].itemsize
+    looked_up = (config.max_positions + 2) * config.hidden
+    cached = settings.prompt + settings.new / 2
+    per_token = block_bytes(config, tensor=1, block_size=1, dtype=DTYPES[settings.dtype])
+    weights = (config.num_parameters - looked_up) * size
+    return round(weights + settings.batch * cached * per_token)
+
+
+def megachat_engine(
+    model: OptModel, prompts: PromptBatch, settings: Settings, *, backend: Backend
+) -> Run:
+    """This project's generator."""
+    length = settings.prompt + settings.new
+    blocks = settings.batch * -(-length // settings.block_size)
+    size = block_bytes(
+        model.config,
+        tensor=1,
+        block_size=settings.block_size,
+        dtype=DTYPES[settings.dtype],
+    )
+    generator = Generator(
+        model,
+        stop_ids=(),
+        config=GenerationConfig(
+            backend=backend,
+            block_size=settings.block_size,
+            kv_cache_gb=(blocks + 1) * size / 1e9,
+            max_sequences=settings.batch,
+            prefill_tokens=settings.batch * settings.prompt,
+        ),
+    )
+    clock = CLOCKS[settings.clock]
+    sampling = SamplingConfig(max_new_tokens=settings.new, temperature=0.0)
+
+    def run() -> tuple[Timing, Tensor]:
+        answers = torch.zeros(settings.batch, settings.new, dtype=torch.int64)
+        counts = [0] * settings.batch
+        prefill = 0.0
+        start = clock()
+        for token in generator.stream(prompts, sampling=sampling, seed=0):
+            if not any(counts):
+                prefill = clock() - start
+            answers[token.row, counts[token.row]] = token.token
+            counts[token.row] += 1
+        return Timing(total=clock() - start, prefill=prefill), answers
+
+    return run
+
+
+def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) -> Run:
+    """HuggingFace's generation of the same weights; how long a prompt takes is timed apart."""
+    library: Any = importlib.import_module("transformers")
+    dtype = DTYPES[settings.dtype]
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    clock = CLOCKS[settings.clock]
+    mask = torch.ones_like(prompts.tokens)
+
+    @torch.no_grad()
+    def answer(new: int) -> Tensor:
+        tokens: Tensor = model.generate(
+            prompts.tokens,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=model.config.pad_token_id,
+        )
+        return tokens[:, settings.prompt :]
+
+    def run() -> tuple[Timing, Tensor]:
+        start = clock()
+        answer(1)
+        middle = clock()
+        tokens = answer(settings.new)
+        end = clock()
+        return Timing(total=end - middle, prefill=middle - start), tokens
+
+    return run
+
+
+def measure_ceilings(dtype: torch.dtype, clock: Callable[[], float]) -> Ceilings:
+    """One try at both limits, with torch's present number of threads."""
+    buffer = torch.ones(_READ_BYTES // 4)
+    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for action in (buffer.sum, lambda: left @ right):
+        action()
+        start = clock()
+        action()
+        seconds.append(clock() - start)
+    return Ceilings(
+        read_gb_s=_READ_BYTES / seconds[0] / 1e9,
+        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
+    )
+
+
+def run_rank(worker: Worker, settings: Settings, output: str) -> None:
+    """Measures, and writes the results."""
+    torch.set_num_threads(settings.threads)
+    dtype = DTYPES[settings.dtype]
+    model = OptModel(
+        settings.config,
+        groups=ProcessGroups.create(ParallelLayout()),
+        head=Head.LANGUAGE_MODEL,
+        options=ModelOptions(dtype=dtype),
+        seed=1,
+    )
+    if settings.weights is not None:
+        load_huggingface(model, Path(settings.weights))
+    prompts = _prompts(settings)
+    engines = {OURS: megachat_engine(model, prompts, settings, backend=Backend.CPU)}
+    if "reference" in settings.peer:
+        engines["reference"] = megachat_engine(model, prompts, settings, backend=Backend.REFERENCE)
+    if "transformers" in settings.peer:
+        folder = Path(output).parent / "weights"
+        save_huggingface(model, folder)
+        engines["transformers"] = transformers_engine(folder, prompts, settings)
+    answers = {name: run()[1] for name, run in engines.items()}  # the first run warms up
+    ceilings = [measure_ceilings(dtype, CLOCKS[settings.clock])]
+    timings: dict[str, list[Timing]] = {name: [] for name in engines}
+    for _ in range(settings.repeats):
+        for name, run in engines.items():
+            timings[name].append(run()[0])
+        ceilings.append(measure_ceilings(dtype, CLOCKS[settings.clock]))
+    best = Ceilings(
+        read_gb_s=max(each.read_gb_s for each in ceilings),
+        gemm_tflop_s=max(each.gemm_tflop_s for each in ceilings),
+    )
+    results = [_result(name, timings[name], settings, best) for name in engines]
+    first = results[0]
+    summary = {
+        "tokens_per_second": first.tokens_per_second,
+        "decode_ms_per_step": first.decode_ms_per_step,
+        "prefill_seconds": first.prefill_seconds,
+        "bandwidth_share": first.bandwidth_share,
+        "ceilings": asdict(best),
+        "engines": [asdict(result) for result in results],
+        "same_tokens": {
+            name: (found == answers[OURS]).float().mean().item() for name, found in answers.items()
+        },
+        "step_bytes": minimal_step_bytes(settings),
+        "settings": settings.model_dump(mode="json"),
+        "processor": processor_name(CPU_INFO),
+        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+    }
+    Path(output).write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _prompts(settings: Settings) -> PromptBatch:
+    generator = torch.Generator().manual_seed(0)
+    size = (settings.batch, settings.prompt)
+    return PromptBatch(
+        tokens=torch.randint(4, settings.config.vocab_size, size, generator=generator),
+        lengths=torch.full((settings.batch,), settings.prompt),
+        ids=torch.arange(settings.batch),
+    )
+
+
+def _result(name: str, timings: list[Timing], settings: Settings, ceilings: Ceilings) -> Result:
+    """Medians of one engine."""
+    speeds = [settings.batch * settings.new / timing.total for timing in timings]
+    prefills = [timing.prefill for timing in timings if timing.prefill is not None]
+    decodes = [
+        (timing.total - timing.prefill) / (settings.new - 1)
+        for timing in timings
+        if timing.prefill is not None
+    ]
+    step = statistics.median(decodes)
+    return Result(
+        engine=name,
+        tokens_per_second=statistics.median(speeds),
+        slowest_tokens_per_second=min(speeds),
+        fastest_tokens_per_second=max(speeds),
+        prefill_seconds=statistics.median(prefills),
+        decode_ms_per_step=1000 * step,
+        bandwidth_share=minimal_step_bytes(settings) / step / 1e9 / ceilings.read_gb_s,
+    )
+
+
+def show(summary: dict[str, Any]) -> str:
+    """The results as a table."""
+    settings, ceilings = summary["settings"], summary["ceilings"]
+    lines = [
+        f"{settings['model']}, {settings['dtype']}, batch {settings['batch']}, "
+        f"{settings['prompt']} + {settings['new']} tokens, {settings['threads']} threads, "
+        f"{summary['processor']}, load {' '.join(summary['load_average'])}",
+        f"reading {ceilings['read_gb_s']:.1f} GB/s, GEMM {ceilings['gemm_tflop_s']:.3f} TFLOP/s",
+        f"{'engine':14}{'tokens/s':>10}{'(slowest - fastest)':>22}{'prefill s':>11}"
+        f"{'ms/step':>9}{'bandwidth':>11}{'same tokens':>13}",
+    ]
+    for row in summary["engines"]:
+        spread = (
+            f"({row['slowest_tokens_per_second']:.1f} - {row['fastest_tokens_per_second']:.1f})"
+        )
+        lines.append(
+            f"{row['engine']:14}{row['tokens_per_second']:10.1f}{spread:>22}"
+            f"{row['prefill_seconds']:11.3f}{row['decode_ms_per_step']:9.1f}"
+            f"{row['bandwidth_share']:11.0%}{summary['same_tokens'][row['engine']]:13.1%}"
+        )
+    return "\n".join(lines)
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Runs all engines and returns what was measured.
+
+    Raises:
+        MegachatError: The model cannot be read, or the kernels cannot be built.
+    """
+    config = LaunchConfig(processes=1, device="cpu", threads=settings.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "summary.json")
+        launch(config, run_rank, settings, str(output))
+        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return summary
+
+
+def main(*, as_json: bool, **options: Any) -> None:
+    """Times generation on the CPU."""
+    try:
+        settings = build_config(Settings, options, source="the command line")
+        if settings.random_weights == (settings.weights is not None):
+            raise ConfigError("give either --random-weights or --weights HF_FOLDER")
+        if not set(settings.peer) <= set(PEERS):
+            raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
+        summary = measure(settings)
+    except MegachatError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps(summary) if as_json else show(summary))
+
+
+def _command() -> Callable[..., None]:
+    """`main` with an option for each field of `Settings`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            name,
+            keyword,
+            default=field.get_default(call_default_factory=True),
+            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    flag = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=flag))
+
+    def command(**options: Any) -> None:
+        main(**options)
+
+    command.__doc__ = main.__doc__
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    return command
+
+
+if __name__ == "__main__":
+    typer.run(_command())

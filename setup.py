@@ -18,6 +18,7 @@ RUNTIME = [
     "megatron-core==0.16.1",
     "deepspeed==0.19.8",
     "datasets==5.2.0",
+    "filelock==4.3.1",
     "jinja2==3.1.6",
     "matplotlib==3.11.2",
     "numpy==2.4.6",

@@ -333,7 +333,7 @@ class TrainEngine(ForwardEngine):
             self._gradients = MovableTensors(kept.gradients if lend_gradients else ())
             self._state.to_host()
             self._gradients.discard()
-            self._is_paused = True
+            self._is_paused = offload_state or lend_gradients
         return PauseReport(
             offloaded_bytes=self._state.num_bytes, lent_bytes=self._gradients.num_bytes
         )

@@ -35,7 +35,7 @@ class ArenaMemory(Protocol):
 def arena_memory(num_bytes: int, device: torch.device) -> ArenaMemory:
     """The kind of memory that suits a device; nothing is taken yet where it can be given back."""
     if device.type == "cpu":
-        return AddressStableBuffer(num_bytes, device)
+        return AddressStableBuffer(num_bytes, device, large_pages=True)
     if device.type == "cuda":
         return MappedDeviceBuffer(num_bytes, device)
     return ResidentMemory(num_bytes, device)
@@ -201,16 +201,14 @@ class WeightArena:
 
     def acquire(self) -> None:
         """Makes room for what belongs to other ranks' shards (for the executor)."""
-        self._memory.acquire()
+        for start, stop in self._foreign_bytes():
+            self._memory.acquire(start, stop)
 
     def release(self) -> None:
         """Gives back what belongs to other ranks' shards; the training shard is untouched."""
         self._gathered_version = None
-        end = 0
-        for start, stop in self._own_bytes(self._elements.element_size()):
-            self._memory.release(end, start)
-            end = stop
-        self._memory.release(end)
+        for start, stop in self._foreign_bytes():
+            self._memory.release(start, stop)
 
     def flat(self, index: int) -> Tensor | None:
         """The flat buffer of a block, if this stage has one."""
@@ -225,6 +223,17 @@ class WeightArena:
             if flat.names:
                 end = flat.offset + flat.padded_elements
                 yield flat.offset * element_bytes, end * element_bytes
+
+    def _foreign_bytes(self) -> Iterator[tuple[int, int]]:
+        """The ranges of bytes between those, which belong to other ranks' shards."""
+        end = 0
+        for start, stop in self._own_bytes(self._elements.element_size()):
+            if start > end:
+                yield end, start
+            end = stop
+        last = self._memory.tensor().numel()  # whole pages
+        if end < last:
+            yield end, last
 
     def _move(self, parameter: torch.nn.Parameter, name: str, at: int) -> None:
         if parameter.dtype != self._elements.dtype:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,30 @@ def test_a_range_is_released_in_whole_pages_and_its_neighbours_stay() -> None:
     assert torch.equal(data, expected)
 
 
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _has_large_pages() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text(encoding="ascii")
+
+
+@pytest.mark.skipif(not _has_large_pages(), reason="this system has no transparent large pages")
+def test_large_pages_spare_faults_and_take_nothing_beside_their_range() -> None:
+    buffer = AddressStableBuffer(64 * MEBIBYTE, CPU, large_pages=True)
+    start, stop = MEBIBYTE + 5, 61 * MEBIBYTE - 7
+    buffer.acquire(start, stop)
+    before = _faults()
+    buffer.tensor()[start:stop].fill_(3)
+    assert _faults() - before < stop // PAGE_BYTES // 8
+    assert buffer.resident_bytes() <= stop - start + 2 * PAGE_BYTES
+    buffer.release(7 * MEBIBYTE + 1, 50 * MEBIBYTE)  # of a large page, too
+    assert buffer.resident_bytes(7 * MEBIBYTE + PAGE_BYTES, 50 * MEBIBYTE) == 0
+    assert int(buffer.tensor()[start : 7 * MEBIBYTE].min()) == 3
+    assert int(buffer.tensor()[50 * MEBIBYTE : stop].min()) == 3
+
+
 def test_a_range_within_one_page_releases_nothing() -> None:
     buffer = AddressStableBuffer(PAGE_BYTES, CPU)
     buffer.tensor().fill_(7)
@@ -101,8 +126,9 @@ def test_memory_returns_when_the_last_view_goes() -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 0), (5, 4), (0, 3 * PAGE_BYTES)])
 def test_a_range_outside_the_buffer_is_refused(start: int, stop: int) -> None:
     buffer = AddressStableBuffer(2 * PAGE_BYTES, CPU)
-    with pytest.raises(ConfigError, match=f"{start} to {stop} are no range"):
-        buffer.release(start, stop)
+    for use in (buffer.acquire, buffer.release):
+        with pytest.raises(ConfigError, match=f"{start} to {stop} are no range"):
+            use(start, stop)
 
 
 def test_sizes_and_devices_that_cannot_be_served_are_refused() -> None:

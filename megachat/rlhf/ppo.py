@@ -12,7 +12,7 @@ statistics are plain arithmetic, equal everywhere and independent of the roles' 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -38,7 +38,7 @@ from megachat.rlhf.rewards import RewardNormalizer, shape_rewards
 from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
 from megachat.telemetry.timers import PhaseTimers
 from megachat.training.engine import ForwardEngine, LossReport
-from megachat.training.loss import LossTerms
+from megachat.training.loss import LossTerms, ModelOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,14 +157,11 @@ class PPOTrainer:
         seed = seed_for(self._seed, "rollout", self._iteration)
         rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
         with self._timers.phase("score"), self.engine.scoring():
+            temperature = self.sampling.temperature
             logprobs = rollout.logprobs
             if self._old_logprobs is OldLogprobs.RECOMPUTE:
-                logprobs = self._logprobs(
-                    self.engine.actor.training, rollout, temperature=self.sampling.temperature
-                )
-            ref_logprobs = self._logprobs(
-                self.engine.reference, rollout, temperature=self.sampling.temperature
-            )
+                logprobs = self._actor_logprobs(rollout, temperature=temperature)
+            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
             critic_output = self._critic_output(rollout)
             scores = self._scores(rollout)
         self._iteration += 1
@@ -184,10 +181,8 @@ class PPOTrainer:
             temperature: The one they were sampled at.
         """
         with self.engine.scoring():
-            logprobs, ref_logprobs = (
-                self._logprobs(engine, rollout, temperature=temperature)
-                for engine in (self.engine.actor.training, self.engine.reference)
-            )
+            logprobs = self._actor_logprobs(rollout, temperature=temperature)
+            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
             scores = self._scores(rollout)
         return RolloutStatistics(scores=scores, log_ratios=logprobs - ref_logprobs)
 
@@ -219,12 +214,14 @@ class PPOTrainer:
                 ),
             )
             gap = self._decoding_gap(experience, policy)
-            actor_step = actor.step()
+            with self._timers.phase("optimizer"):
+                actor_step = actor.step()
         with self._timers.phase("train critic"):
             value = critic.forward_backward(
                 experience, StandardizedValueObjective.for_batch(experience, self.config)
             )
-            critic_step = critic.step()
+            with self._timers.phase("optimizer"):
+                critic_step = critic.step()
         metrics = {
             "ppo/policy_loss": policy.loss,
             "ppo/value_loss": value.loss,
@@ -258,7 +255,7 @@ class PPOTrainer:
         standardized = self.normalizer.standardize(scores)
         score_mean = torch.full((rollout.num_rows,), self.normalizer.mean)
         score_std = torch.full((rollout.num_rows,), self.normalizer.std)
-        values = _on_score_scale(critic_output, mean=score_mean, std=score_std)
+        values = (critic_output - score_mean[:, None]) / score_std[:, None]
         values = values.masked_fill(~mask, 0.0)
         kl = estimate_kl(logprobs, ref_logprobs=ref_logprobs, estimator=config.kl.estimator)
         rewards = shape_rewards(
@@ -347,6 +344,16 @@ class PPOTrainer:
             "perf/lent_bytes": self.engine.actor.last_pause.lent_bytes,
         }
 
+    def _actor_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """`[batch, response_len]` log-probs under the present actor, on its training path."""
+        with self._timers.phase("actor"):
+            return self._logprobs(self.engine.actor.training, rollout, temperature=temperature)
+
+    def _reference_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """`[batch, response_len]` log-probs under the reference."""
+        with self._timers.phase("reference"):
+            return self._logprobs(self.engine.reference, rollout, temperature=temperature)
+
     def _logprobs(self, engine: ForwardEngine, rollout: Rollout, *, temperature: float) -> Tensor:
         """`[batch, response_len]` log-probs of the response tokens under a policy."""
         return engine.score(
@@ -361,13 +368,14 @@ class PPOTrainer:
 
     def _critic_output(self, rollout: Rollout) -> Tensor:
         """`[batch, response_len]` raw output of the critic, on the reward model's scale."""
-        return self.engine.critic.score(
-            rollout, ResponseValues(response_len=rollout.logprobs.shape[1])
-        )
+        function = ResponseValues(response_len=rollout.logprobs.shape[1])
+        with self._timers.phase("critic"):
+            return self.engine.critic.score(rollout, function)
 
     def _scores(self, rollout: Rollout) -> Tensor:
         """`[batch]` raw scores of the reward model."""
-        return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
+        with self._timers.phase("reward"):
+            return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
 
 
 class StandardizedValueObjective:
@@ -397,17 +405,17 @@ class StandardizedValueObjective:
         """Prompt and response tokens per row, `[batch]`."""
         return self._standardized.row_lengths(batch)
 
-    def __call__(self, output: Tensor, batch: PpoExperience, row_weights: Tensor) -> LossTerms:
+    def output_spans(self, batch: PpoExperience) -> Tensor:
+        """Where the response tokens are chosen, `[batch, 2]`."""
+        return self._standardized.output_spans(batch)
+
+    def __call__(self, output: ModelOutput, batch: PpoExperience, row_weights: Tensor) -> LossTerms:
         """As `ValueObjective`, on the scale that each row's values and returns are on."""
-        values = _on_score_scale(output, mean=batch.score_mean, std=batch.score_std)
-        return self._standardized(values, batch, row_weights)
+        rows = output.rows
+        values = (output.values - batch.score_mean[rows]) / batch.score_std[rows]
+        return self._standardized(replace(output, values=values), batch, row_weights)
 
 
 def _gap_metrics(*, mean: float, largest: float) -> dict[str, float]:
     """Absolute differences of decoding's log-probs from the training path's, nats."""
     return {"rlhf/rollout_logprob_gap": largest, "rlhf/rollout_logprob_gap_mean": mean}
-
-
-def _on_score_scale(output: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
-    """`[batch, columns]` output of the critic, shifted and scaled by row like the scores."""
-    return (output - mean[:, None]) / std[:, None]

@@ -64,7 +64,7 @@ def test_how_the_work_is_cut_and_where_it_lies_changes_no_fingerprint(override: 
         ("reward.center_coef=0.5", {"reward", "prompts"}),
         ("rlhf.ppo.kl.coefficient=0.5", {"prompts"}),
         ("rlhf.ppo.dual_clip=3.0", {"prompts"}),
-        ("rlhf.old_logprobs=rollout", {"prompts"}),
+        ("rlhf.old_logprobs=recompute", {"prompts"}),
         ("rlhf.sampling.top_k=9", {"prompts"}),
         ("rlhf.critic_optimizer.beta2=0.5", {"prompts"}),
     ],

@@ -61,6 +61,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
 BLOCK_SIZE = 16
 _READ_BYTES = 1 << 28
 _GEMM_SIZE = 1024
+_TRIES = 5
 
 
 class Settings(ConfigModel):
@@ -211,15 +212,17 @@ def build_trainer(settings: Settings, timers: PhaseTimers) -> PPOTrainer:
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
-    """One try at both limits, with torch's present number of threads."""
+    """The best of a few tries at both limits, with torch's present number of threads."""
     buffer = torch.ones(_READ_BYTES // 4)
     left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
     seconds = []
     for action in (buffer.sum, lambda: left @ right):
-        action()
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
+        tries = []
+        for _ in range(_TRIES):
+            start = time.perf_counter()
+            action()
+            tries.append(time.perf_counter() - start)
+        seconds.append(min(tries))
     return Ceilings(
         read_gb_s=_READ_BYTES / seconds[0] / 1e9,
         gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,

@@ -241,14 +241,14 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         """
         packing = packed_seq_params.packing
         assert packing is not None
-        is_dropping = self.training and self._probability and attention_bias is not None
-        attend = _attend
-        if is_dropping:
+        parts = [part.squeeze(1) for part in (query, key, value)]
+        if self.training and self._probability and attention_bias is not None:
             seed = seed_for(attention_bias, *self._site)
             attend = functools.partial(_attend, probability=self._probability, seed=seed)
-        parts = (part.squeeze(1) for part in (query, key, value))
-        # One mask for all rows: calls for parts of them would draw equal ones.
-        out = packing.by_rows(attend, *parts, at_once=is_dropping)
+            # One mask for all rows: calls for parts of them would draw equal ones.
+            out = packing.by_rows(attend, *parts, at_once=True)
+        else:
+            out = packing.by_rows(_attend, *parts)
         return out.flatten(1).unsqueeze(1)
 
 

@@ -112,7 +112,7 @@ class RowPacking:
         if len(self.runs) == 1:
             return _by_run(function, parts, self.runs[0])
         counts = [rows * length for rows, length in self.runs]
-        cut = zip(*(part.split(counts) for part in parts), strict=True)
+        cut = zip(*(torch.split(part, counts) for part in parts), strict=True)
         return torch.cat(
             [
                 _by_run(function, run_parts, run)

@@ -132,7 +132,7 @@ class SftObjective:
         """Real tokens per row, `[batch]`."""
         return batch.lengths
 
-    def output_spans(self, _batch: SftBatch) -> None:
+    def output_spans(self, batch: SftBatch) -> None:
         """Targets may be anywhere, so the output is read everywhere."""
 
     def __call__(self, output: ModelOutput, batch: SftBatch, row_weights: Tensor) -> LossTerms:
@@ -211,7 +211,7 @@ class PairwiseObjective:
 class TokenwisePairwiseObjective(PairwiseObjective):
     """DeepSpeed-Chat's token-wise pair loss without its pads; see `tokenwise_pair_loss`."""
 
-    def output_spans(self, _batch: PreferenceBatch) -> None:
+    def output_spans(self, batch: PreferenceBatch) -> None:
         """All tokens are compared, so the output is read everywhere."""
 
     def __call__(

@@ -84,6 +84,6 @@ class FinalScores(_RolloutScore):
         """The last token of each row, `[batch, 2]`."""
         return final_spans(batch.lengths)
 
-    def __call__(self, output: ModelOutput, _batch: Rollout) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Rollout) -> Tensor:
         """`[batch, 1]` float32."""
         return output.values[:, None]

@@ -38,5 +38,9 @@ class LaunchError(MegachatError):
     """Processes that could not be started, joined or kept together."""
 
 
+class AgreementError(MegachatError):
+    """Two ways to the same numbers that differ by more than round-off."""
+
+
 class PhaseError(MegachatError):
     """Weights or memory used in a phase of the run in which they are not valid."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megachat.config import ConfigModel
 from megachat.errors import CapacityError, ConfigError, DataError
+from megachat.generation.graphs import recorder_for
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.runner import ModelRunner
 from megachat.generation.sampling import (
@@ -47,6 +48,10 @@ class GenerationConfig(ConfigModel):
         default=Backend.REFERENCE,
         strict=False,
         description="Who computes the operations of a step.",
+    )
+    graphs: bool = Field(
+        default=True,
+        description="Record decode steps as CUDA graphs and replay them; without meaning on a CPU.",
     )
 
 
@@ -104,7 +109,8 @@ class Generator:
             dtype=weights.words.dtype,
             device=self._device,
         )
-        ModelRunner(weights, self._cache, backend=self._settings.backend)
+        self._placed: tuple[tuple[int, ...], ModelRunner] | None = None
+        self._runner(weights)
         self._statistics: SessionStatistics | None = None
 
     @property
@@ -197,10 +203,21 @@ class Generator:
             return self._source
         return GenerationWeights.from_model(self._source)
 
+    def _runner(self, weights: GenerationWeights) -> ModelRunner:
+        """Computes with these weights; recorded steps last until the weights move in memory."""
+        addresses = weights.addresses()
+        if self._placed is None or self._placed[0] != addresses:
+            recorder = recorder_for(self._device) if self._settings.graphs else None
+            runner = ModelRunner(
+                weights, self._cache, backend=self._settings.backend, recorder=recorder
+            )
+            self._placed = addresses, runner
+        return self._placed[1]
+
     def _session(self, sampling: SamplingConfig) -> DecodeSession:
         weights = self._weights()
         return DecodeSession(
-            ModelRunner(weights, self._cache, backend=self._settings.backend),
+            self._runner(weights),
             self._cache,
             Sampler(
                 sampling,

@@ -4,13 +4,13 @@ A step holds the newest token of every running sequence and chunks of prompts, o
 other without padding. The weights are those of training, as views; keys and values live in pages.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megachat.generation.graphs import DecodeGraphs, StepRecorder
 from megachat.generation.kv_cache import PagedKvCache
+from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
 from megachat.ops import cpu_kernels
@@ -23,53 +23,20 @@ from megachat.parallel.collectives import all_reduce_sum
 _EPSILON = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeRows:
-    """The sequences that get one token computed."""
-
-    tables: Tensor
-    """[rows, columns] int32."""
-    lengths: Tensor
-    """[rows] int64 tokens to attend to, the new one included."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillRows:
-    """The sequences that get a chunk of tokens computed."""
-
-    tables: Tensor
-    """[chunks, columns] int32."""
-    starts: Tensor
-    """[chunks] int64 tokens before the chunk."""
-    offsets: Tensor
-    """[chunks + 1] int64, where each chunk starts among the tokens of all chunks, and the end."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedStep:
-    """One forward pass: first the decode rows' tokens, then the chunks'."""
-
-    tokens: Tensor
-    """[tokens] int64."""
-    positions: Tensor
-    """[tokens] int64, within each token's sequence."""
-    slots: Tensor
-    """[tokens] int64, where the cache keeps each token; see `PagedKvCache.positions_of`."""
-    decode: DecodeRows | None
-    prefill: PrefillRows | None
-    outputs: Tensor | None
-    """[outputs] int64, the tokens whose logits are wanted; None means all."""
-
-
 class ModelRunner:
     """Computes next-token logits with a generation shard's weights and a paged cache.
 
     A step without chunks depends on the host only through its shapes: tables, lengths and positions
-    are tensors. So one recorded graph per batch size can replay it at every position.
+    are tensors. So a recorded step can be replayed at every position; see `DecodeGraphs`.
     """
 
     def __init__(
-        self, weights: GenerationWeights, cache: PagedKvCache, *, backend: Backend
+        self,
+        weights: GenerationWeights,
+        cache: PagedKvCache,
+        *,
+        backend: Backend,
+        recorder: StepRecorder | None = None,
     ) -> None:
         """Picks the implementations; copies nothing.
 
@@ -77,6 +44,8 @@ class ModelRunner:
             weights: What to compute with.
             cache: Where keys and values live.
             backend: Who computes the operations of the registry.
+            recorder: Records steps without chunks, for as long as weights and cache keep their
+                addresses; None computes every step anew.
 
         Raises:
             KernelError: The backend lacks one of them, or cannot be built here.
@@ -93,6 +62,10 @@ class ModelRunner:
         self._tiled_linear = tiled_linear.on(backend)
         self._bias_relu = bias_relu.on(backend)
         self._add_and_norm = bias_residual_layer_norm.on(backend)
+        self._graphs = None
+        if recorder is not None:
+            columns = cache.tables.shape[1]
+            self._graphs = DecodeGraphs(self._forward, recorder=recorder, columns=columns)
 
     @torch.no_grad()
     def forward(self, step: PackedStep) -> Tensor:
@@ -100,8 +73,14 @@ class ModelRunner:
 
         Returns:
             `[outputs, padded_vocab/tp]` logits of this rank's slice of the vocabulary; padding
-            columns hold the dtype's lowest number.
+            columns hold the dtype's lowest number. Good until the next call.
         """
+        if self._graphs is not None and step.prefill is None:
+            return self._graphs.logits(step)
+        return self._forward(step)
+
+    def _forward(self, step: PackedStep) -> Tensor:
+        """Computes a step, operation by operation."""
         layers = self._weights.layers
         hidden = self._embed(step.tokens, step.positions)
         normed = hidden
@@ -211,5 +190,5 @@ class ModelRunner:
         if weights.project_out is not None:
             hidden = self._linear(hidden, weights.project_out)
         logits = self._linear(hidden, weights.words)
-        logits[:, weights.local_vocab :] = torch.finfo(logits.dtype).min
+        logits[:, weights.local_vocab :].fill_(torch.finfo(logits.dtype).min)
         return logits

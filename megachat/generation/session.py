@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megachat.generation.blocks import BlockAllocator
 from megachat.generation.kv_cache import PagedKvCache
-from megachat.generation.runner import DecodeRows, ModelRunner, PackedStep, PrefillRows
+from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
+from megachat.generation.runner import ModelRunner
 from megachat.generation.sampling import History, Sampler
 from megachat.generation.scheduler import (
     DecodeRequest,

@@ -4,7 +4,7 @@ Filled from an `OptModel` whose training layout is its generation layout, or fro
 which training shards were gathered. Always views: generation holds no weights of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, Self
 
 from torch import Tensor
@@ -161,6 +161,16 @@ class GenerationWeights:
         """Vocabulary ids of this rank's slice that mean something; the rest is padding."""
         rows = self.words.shape[0]
         return min(max(self.config.vocab_size - self.vocab_start, 0), rows)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where each tensor lies: equal for as long as recorded work on them is valid."""
+        parts: tuple[GenerationWeights | GenerationLayer, ...] = (self, *self.layers)
+        return tuple(
+            value.data_ptr()
+            for part in parts
+            for field in fields(part)
+            if isinstance(value := getattr(part, field.name), Tensor)
+        )
 
     def _check_layer(self, number: int, layer: GenerationLayer) -> None:
         config, tensor = self.config, self.tensor_degree

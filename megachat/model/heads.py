@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megachat.model import layers
 from megachat.model.config import Head, OptConfig
+from megachat.model.packing import take_rows
 from megachat.parallel.groups import ProcessGroups
 
 
@@ -29,6 +30,11 @@ class OutputHead(nn.Module):
         if config.has_projection:
             self.project_out = layers.empty_parameter(config.embed_dim, config.hidden, dtype=dtype)
             layers.mark_sequence_parallel(self.project_out, enabled=sequence)
+
+    def select(self, x: Tensor, outputs: Tensor | None) -> Tensor:
+        """`[tokens, 1, ...]` to `[outputs, ...]`, the packed tokens whose output is read."""
+        x = x.squeeze(1)
+        return x if outputs is None else take_rows(x, outputs)
 
     def project(self, x: Tensor) -> Tensor:
         """`[..., hidden]` to `[..., embed_dim]`."""
@@ -63,27 +69,28 @@ class LanguageModelHead(OutputHead):
         first_row = groups.coordinate.tensor * rows
         self._real_rows = min(max(config.vocab_size - first_row, 0), rows)
 
-    def forward(self, x: Tensor, *, embedding: nn.Parameter | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, embedding: nn.Parameter | None, outputs: Tensor | None
+    ) -> Tensor:
         """Computes logits.
 
         Args:
-            x: `[seq, batch, hidden]` (sequence shard where sequence parallel).
+            x: `[tokens, 1, hidden]` (sequence shard where sequence parallel).
             embedding: The first stage's `[padded_vocab/tp, embed_dim]`, where it is on this rank.
+            outputs: `[outputs]` packed tokens whose logits are read; None: all.
 
         Returns:
-            `[batch, seq, padded_vocab/tp]`; padding columns hold the dtype's lowest number.
+            `[outputs, padded_vocab/tp]`; padding columns hold the dtype's lowest number.
         """
         weight = embedding if self.word_embedding is None else self.word_embedding
         assert weight is not None
-        x = self.project(x)
         if self._sequence:
-            x = layers.gather_sequence(x, self._tensor, sum_gradients=True)
-        # Transposing here, before the widest product, makes the logits contiguous for the loss.
+            x = layers.gather_sequence(self.project(x), self._tensor, sum_gradients=True)
+            x = self.select(x, outputs)
+        else:
+            x = self.project(self.select(x, outputs))
         logits = layers.column_parallel_product(
-            x.transpose(0, 1).contiguous(),
-            weight,
-            self._tensor,
-            reduce_gradient=not self._sequence,
+            x, weight, self._tensor, reduce_gradient=not self._sequence
         )
         # Behind autograd's back: a softmax gives these columns probability and gradient zero, and
         # an in-place write that it sees would copy the gradient of all logits.
@@ -102,20 +109,27 @@ class ScalarHead(OutputHead):
         self.score = layers.empty_parameter(1, config.embed_dim, dtype=dtype)
         layers.mark_sequence_parallel(self.score, enabled=sequence)
 
-    def forward(self, x: Tensor, *, embedding: nn.Parameter | None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, embedding: nn.Parameter | None, outputs: Tensor | None
+    ) -> Tensor:
         """Computes scores.
 
         Args:
-            x: `[seq, batch, hidden]` (sequence shard where sequence parallel).
+            x: `[tokens, 1, hidden]` (sequence shard where sequence parallel).
             embedding: Not used.
+            outputs: `[outputs]` packed tokens whose score is read; None: all.
 
         Returns:
-            `[batch, seq]` float32.
+            `[outputs]` float32.
         """
-        scores = nn.functional.linear(self.project(x).float(), self.score.float()).squeeze(-1)
-        if self._sequence:
-            scores = layers.gather_sequence(scores, self._tensor, sum_gradients=False)
-        return scores.transpose(0, 1).contiguous()
+        if not self._sequence:
+            return self._score(self.select(x, outputs))
+        scores = layers.gather_sequence(self._score(x), self._tensor, sum_gradients=False)
+        return self.select(scores, outputs)
+
+    def _score(self, x: Tensor) -> Tensor:
+        """`[..., hidden]` to `[...]` float32."""
+        return nn.functional.linear(self.project(x).float(), self.score.float()).squeeze(-1)
 
 
 def build_head(

@@ -2,8 +2,8 @@
 
 Every megatron module here gets its process groups as arguments: megatron's own `parallel_state` is
 never initialised, so a read of its groups would fail, not silently pick another layout.
-Activations are `[seq, batch, hidden]`, and `[seq/tp, batch, hidden]` between the matrix products
-where sequence parallelism is on.
+Activations are `[tokens, 1, hidden]`, rows one after the other without padding (see `packing`), and
+`[tokens/tp, 1, hidden]` between the matrix products where sequence parallelism is on.
 """
 
 import functools
@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from megachat.errors import KernelError
 from megachat.model.config import ModelOptions, NormBackend, OptConfig, Recompute
 from megachat.model.dropout import ResidualAdd, attention_with_dropout
+from megachat.model.packing import RowPacking
 from megachat.parallel import MEGATRON_HINT
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 
 try:
     from megatron.core import parallel_state
+    from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
         RowParallelLinear,
@@ -181,10 +183,20 @@ class LayerNorm(nn.Module):
         return self._kernel(x, self.weight, self.bias, tuple(self.weight.shape), self._epsilon)
 
 
-class CausalAttention(MegatronModule):  # type: ignore[misc]
-    """Attention of each query to itself and what precedes it; no other mask exists.
+@dataclass
+class PackedRows(PackedSeqParams):  # type: ignore[misc]
+    """A packing in the place that megatron hands through to attention.
 
-    Rows are padded on the right only, so causality keeps padding out of every real position.
+    Its own fields stay None: they are for transformer-engine's kernels.
+    """
+
+    packing: RowPacking | None = None
+
+
+class CausalAttention(MegatronModule):  # type: ignore[misc]
+    """Attention of each query to itself and what precedes it in its row; no other mask exists.
+
+    What stands in for missing tokens is to the right of a row's own, so causality keeps it out.
     """
 
     def __init__(
@@ -209,29 +221,47 @@ class CausalAttention(MegatronModule):  # type: ignore[misc]
         value: Tensor,
         _attention_mask: None,
         *,
+        packed_seq_params: PackedRows,
         attention_bias: int | None = None,
         **_unused: object,
     ) -> Tensor:
         """Attends.
 
         Args:
-            query: `[seq, batch, heads/tp, head_dim]`, like `key` and `value`.
+            query: `[tokens, 1, heads/tp, head_dim]`, like `key` and `value`.
             key: As above.
             value: As above.
             _attention_mask: Always None.
+            packed_seq_params: Which tokens are a row.
             attention_bias: The dropout key (see `OptLayer`).
-            **_unused: Mask type and packing of megatron.
+            **_unused: Mask type of megatron.
 
         Returns:
-            `[seq, batch, hidden/tp]`.
+            `[tokens, 1, hidden/tp]`.
         """
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        packing = packed_seq_params.packing
+        assert packing is not None
+        parts = [part.squeeze(1) for part in (query, key, value)]
         if self.training and self._probability and attention_bias is not None:
             seed = seed_for(attention_bias, *self._site)
-            out = attention_with_dropout(query, key, value, self._probability, seed)
+            attend = functools.partial(_attend, probability=self._probability, seed=seed)
+            # One mask for all rows: calls for parts of them would draw equal ones.
+            out = packing.by_rows(attend, *parts, at_once=True)
         else:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
+            out = packing.by_rows(_attend, *parts)
+        return out.flatten(1).unsqueeze(1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, *, probability: float = 0.0, seed: int = 0
+) -> Tensor:
+    """Causal attention of whole rows, `[rows, seq, heads/tp, head_dim]` like its arguments."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    if probability:
+        out = attention_with_dropout(query, key, value, probability, seed)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return out.transpose(1, 2)
 
 
 class OptLayer(TransformerLayer):  # type: ignore[misc]
@@ -386,12 +416,12 @@ def word_embedding(
 
 
 def scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """`[seq, ...]`, equal on all tensor ranks, to this rank's `[seq/tp, ...]`."""
+    """`[tokens, ...]`, equal on all tensor ranks, to this rank's `[tokens/tp, ...]`."""
     return cast(Tensor, scatter_to_sequence_parallel_region(x, group=group))
 
 
 def gather_sequence(x: Tensor, group: dist.ProcessGroup, *, sum_gradients: bool) -> Tensor:
-    """`[seq/tp, ...]` of each tensor rank to `[seq, ...]` on all of them.
+    """`[tokens/tp, ...]` of each tensor rank to `[tokens, ...]` on all of them.
 
     Args:
         x: This rank's shard.

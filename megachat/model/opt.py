@@ -12,6 +12,7 @@ from megachat.model import layers
 from megachat.model.config import POSITION_OFFSET, Head, ModelOptions, OptConfig
 from megachat.model.dropout import require_dropout_key
 from megachat.model.heads import build_head
+from megachat.model.packing import RowPacking
 from megachat.model.specs import (
     WORD_EMBEDDING,
     TensorSpec,
@@ -132,16 +133,21 @@ class OptEmbedding(nn.Module):
         """`[padded_vocab/tp, embed_dim]`."""
         return cast(nn.Parameter, self.words.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[batch, seq]` int64 to `[seq, batch, hidden]` (sequence shard where parallel).
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Embeds packed tokens; OPT was trained without dropout here.
 
-        OPT was trained without dropout here.
+        Args:
+            tokens: `[tokens]` int64 ids.
+            positions: `[tokens]` int64, from 0; those of fillers may exceed the model's.
+
+        Returns:
+            `[tokens, 1, hidden]` (sequence shard where parallel).
         """
-        x: Tensor = self.words(tokens.t())
+        x: Tensor = self.words(tokens)
         if self.project_in is not None:
             x = nn.functional.linear(x, self.project_in)
-        rows = slice(POSITION_OFFSET, POSITION_OFFSET + tokens.shape[1])
-        x = x + self.positions[rows].unsqueeze(1)
+        rows = (positions + POSITION_OFFSET).clamp(max=len(self.positions) - 1)
+        x = (x + nn.functional.embedding(rows, self.positions)).unsqueeze(1)
         return x if self._group is None else layers.scatter_sequence(x, self._group)
 
 
@@ -217,33 +223,47 @@ class OptModel(nn.Module):
         if seed is not None:
             self.initialise(seed)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, packing: RowPacking | None = None) -> Tensor:
         """Runs this stage; other stages than the first take their input from `set_input_tensor`.
 
         Args:
-            tokens: `[batch, seq]` int64, right-padded; positions are 0..seq-1.
+            tokens: `[rows, seq]` int64, right-padded; positions are 0..seq-1.
+            packing: Which of them are computed, and where the output is read; None: all of them,
+                everywhere.
 
         Returns:
-            Last stage: logits `[batch, seq, padded_vocab/tp]` in the model's dtype, or scores
-            `[batch, seq]` float32. Other stages: `[seq, batch, hidden]` for the next stage
-            (`[seq/tp, batch, hidden]` under sequence parallelism).
+            Last stage: logits `[outputs, padded_vocab/tp]` in the model's dtype, or scores
+            `[outputs]` float32; without packing `[rows, seq, ...]`. Other stages:
+            `[tokens, 1, hidden]` for the next stage (`[tokens/tp, 1, hidden]` under sequence
+            parallelism).
 
         Raises:
             CapacityError: More positions than the model has.
             LayoutError: Sequence parallelism cannot cut the sequence evenly.
             ConfigError: Training with dropout without a key.
         """
-        self._check_length(tokens.shape[1])
+        rows = packing
+        if rows is None:
+            rows = RowPacking.of([tokens.shape[1]] * len(tokens), device=tokens.device)
+        self._check_length(rows)
         key = None
         if self.training:
             require_dropout_key(self.options, self._dropout_key)
             key = self._dropout_key
-        x = self.embedding(tokens) if self.embedding is not None else None
-        x = self.decoder(hidden_states=x, attention_mask=None, attention_bias=key)
+        x = None
+        if self.embedding is not None:
+            x = self.embedding(tokens.flatten()[rows.places], rows.positions)
+        x = self.decoder(
+            hidden_states=x,
+            attention_mask=None,
+            attention_bias=key,
+            packed_seq_params=layers.PackedRows(packing=rows),
+        )
         if self.output is None:
             return cast(Tensor, x)
         words = self.embedding.word_weight if self.embedding is not None else None
-        return cast(Tensor, self.output(x, embedding=words))
+        out = cast(Tensor, self.output(x, embedding=words, outputs=rows.outputs))
+        return out if packing is not None else out.view(*tokens.shape, *out.shape[1:])
 
     def set_input_tensor(self, tensor: Tensor | Sequence[Tensor | None] | None) -> None:
         """Takes the previous stage's output, as megatron's schedules hand it over."""
@@ -360,17 +380,17 @@ class OptModel(nn.Module):
             score=by_name.get("head.score.weight"),
         )
 
-    def _check_length(self, seq: int) -> None:
-        if seq > self.config.max_positions:
+    def _check_length(self, rows: RowPacking) -> None:
+        if rows.longest > self.config.max_positions:
             raise CapacityError(
-                f"sequences have {seq} tokens, but the model has {self.config.max_positions} "
-                "positions: shorten them"
+                f"sequences have {rows.longest} tokens, but the model has "
+                f"{self.config.max_positions} positions: shorten them"
             )
         tensor = self.groups.layout.tensor
-        if self.transformer_config.sequence_parallel and seq % tensor:
+        if self.transformer_config.sequence_parallel and rows.num_tokens % tensor:
             raise LayoutError(
-                f"sequence_parallel cuts {seq} tokens over tensor degree {tensor}: pad sequences "
-                f"to a multiple of {tensor}"
+                f"sequence_parallel cuts {rows.num_tokens} tokens over tensor degree {tensor}: "
+                f"pack them to a multiple of {tensor}"
             )
 
     def _match_specs(self) -> dict[str, TensorSpec]:

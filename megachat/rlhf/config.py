@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from megachat.config import ConfigModel
@@ -77,6 +78,33 @@ class Whitening(StrEnum):
     """Standard deviation 1, mean kept."""
     FULL = "full"
     """Mean 0 and standard deviation 1."""
+
+
+class OldLogprobs(StrEnum):
+    """Where the log-probs of the policy that sampled come from."""
+
+    RECOMPUTE = "recompute"
+    """A forward pass of the actor on its training path over each rollout."""
+    ROLLOUT = "rollout"
+    """Decoding noted them down. How far they are from the training path's is measured by the first
+    update on each experience, which starts from the policy that sampled."""
+
+
+class LogprobTolerance(ConfigModel):
+    """How far decoding and training may disagree about the same policy, by the actor's precision.
+
+    The mean absolute difference of the log-probs of response tokens, in nats per token. It does not
+    grow with the number of tokens, as the largest difference of round-off does.
+    """
+
+    fp32: float = Field(default=1e-4, gt=0.0, allow_inf_nan=False)
+    """Ten times the largest difference of a single token in the tests of all layouts."""
+    bf16: float = Field(default=0.05, gt=0.0, allow_inf_nan=False)
+    """A quarter of the default `clip_range`: beyond it, round-off alone would work the clip."""
+
+    def of(self, dtype: torch.dtype) -> float:
+        """The tolerance of a model with parameters of `dtype`."""
+        return {torch.float32: self.fp32, torch.bfloat16: self.bf16}[dtype]
 
 
 class KlConfig(ConfigModel):

@@ -17,9 +17,16 @@ TOKEN_METRICS = ("token_accuracy",)
 """Metrics of `token_loss`."""
 BRADLEY_TERRY_METRICS = ("accuracy", "margin", "chosen_score", "rejected_score", "score_square")
 """Metrics of the two pair losses."""
-POLICY_METRICS = ("surrogate", "clip_fraction", "approx_kl", "ratio_mean", "entropy")
+POLICY_METRICS = (
+    "surrogate",
+    "clip_fraction",
+    "approx_kl",
+    "ratio_mean",
+    "log_ratio_mean",
+    "entropy",
+)
 """Metrics of `policy_loss`."""
-POLICY_MAXIMA = ("ratio_max",)
+POLICY_MAXIMA = ("ratio_max", "log_ratio_max")
 """Maxima of `policy_loss`."""
 VALUE_METRICS = ("value_error", "value_clip_fraction", "value_mean", "return_mean")
 """Metrics of `value_loss`."""
@@ -127,12 +134,13 @@ def policy_loss(
 
     Returns:
         The loss; the surrogate alone; the share of tokens whose clip is active; the k3 estimate of
-        the KL of the new policy from the old one; mean and largest ratio; entropy.
+        the KL of the new policy from the old one; mean and largest ratio; mean and largest absolute
+        log-ratio; entropy.
     """
     log_ratio = _kept(logprobs - old_logprobs, weights)
     # Beyond the limit the gradient is 0 rather than the NaN of inf times 0.
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    ratio, distance = log_ratio.exp(), log_ratio.detach().abs()
     gains = _kept(advantages, weights)
     plain, clipped = -gains * ratio, -gains * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
     losses = torch.maximum(plain, clipped)
@@ -149,9 +157,13 @@ def policy_loss(
                 "clip_fraction": _weighted_sum((clipped > plain).float(), weights),
                 "approx_kl": _weighted_sum(k3(-log_ratio), weights),
                 "ratio_mean": _weighted_sum(ratio, weights),
+                "log_ratio_mean": _weighted_sum(distance, weights),
                 "entropy": mean_entropy.detach(),
             },
-            maxima={"ratio_max": _largest(_kept(ratio, weights))},
+            maxima={
+                "ratio_max": _largest(_kept(ratio, weights)),
+                "log_ratio_max": _largest(_kept(distance, weights)),
+            },
         )
 
 

@@ -1,10 +1,11 @@
 """The one place that maps model output plus a batch record to `LossTerms`, one class per objective.
 
-Also home of the alignment between sequence positions and response tokens (`response_positions`,
-`response_logprobs`, `response_values`, `final_scores`), which scoring and training share: the
+Also home of the alignment between sequence positions and response tokens (`response_logprobs`,
+`response_values`, and the spans), which scoring and training share: the
 position that predicts response token j is `prompt_length + j - 1`; the critic's value of the state
 in which that token is chosen stands at the same position; the reward model's score of a response
-stands at its last real token (the EOS, when there is one), position `length - 1`.
+stands at its last real token (the EOS, when there is one), position `length - 1`. Only there is the
+head of a model computed (`response_spans`, `final_spans`).
 """
 
 from typing import Self
@@ -28,40 +29,39 @@ from megachat.rlhf.losses import (
     tokenwise_pair_loss,
     value_loss,
 )
-from megachat.training.loss import LossTerms
+from megachat.training.loss import LossTerms, ModelOutput
 
 
-def response_positions(prompt_lengths: Tensor, *, response_len: int) -> Tensor:
-    """Sequence positions whose output belongs to each response token.
-
-    Args:
-        prompt_lengths: `[batch]` int64.
-        response_len: Number of response columns.
-
-    Returns:
-        `[batch, response_len]` int64, `prompt_length + j - 1`. Columns beyond a response lead past
-        the row's end; callers clamp them and mask the result.
-    """
-    columns = torch.arange(response_len, device=prompt_lengths.device)
-    return prompt_lengths[:, None] + columns[None] - 1
+def response_spans(*, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """`[batch, 2]` int64, first and end position whose output belongs to a response token."""
+    return torch.stack([prompt_lengths, lengths], dim=1) - 1
 
 
-def response_values(values: Tensor, *, prompt_lengths: Tensor, response_mask: Tensor) -> Tensor:
+def final_spans(lengths: Tensor) -> Tensor:
+    """`[rows, 2]` int64, the position of the last real token and the one after it."""
+    return torch.stack([lengths - 1, lengths], dim=1)
+
+
+def response_values(
+    output: ModelOutput, *, prompt_lengths: Tensor, response_mask: Tensor
+) -> Tensor:
     """Value of the state in which each response token is chosen.
 
     Args:
-        values: `[batch, seq]`, the output of a scalar head.
+        output: Of a scalar head at the `response_spans`.
         prompt_lengths: `[batch]` int64.
         response_mask: `[batch, response_len]` bool.
 
     Returns:
-        `[batch, response_len]` of the dtype of `values`, 0 where masked.
+        `[batch, response_len]` of the dtype of the output, 0 where masked.
     """
-    return _gather_response(values, prompt_lengths=prompt_lengths, response_mask=response_mask)
+    return _response_table(
+        output.values, output, prompt_lengths=prompt_lengths, response_mask=response_mask
+    )
 
 
 def response_logprobs(
-    logits: Tensor,
+    output: ModelOutput,
     *,
     tokens: Tensor,
     prompt_lengths: Tensor,
@@ -73,8 +73,8 @@ def response_logprobs(
     """Log-probability of each response token under the sampling distribution.
 
     Args:
-        logits: `[batch, seq, vocab/tp]`, this rank's slice of the vocabulary.
-        tokens: `[batch, tokens_seq]` int64; wider or narrower than `logits` by padding only.
+        output: Logits of this rank's slice of the vocabulary at the `response_spans`.
+        tokens: `[batch, seq]` int64.
         prompt_lengths: `[batch]` int64.
         response_mask: `[batch, response_len]` bool.
         group: Ranks that share the vocabulary; None when this rank holds all of it.
@@ -85,26 +85,15 @@ def response_logprobs(
         `[batch, response_len]` float32, 0 where masked.
     """
     logprobs = token_logprobs(
-        logits,
-        _next_tokens(tokens, seq=logits.shape[1]),
+        output.values[None],
+        output.following(tokens)[None],
         group=group,
         vocab_start=vocab_start,
         temperature=temperature,
     )
-    return _gather_response(logprobs, prompt_lengths=prompt_lengths, response_mask=response_mask)
-
-
-def final_scores(values: Tensor, *, lengths: Tensor) -> Tensor:
-    """The scalar head's output at the last real token of each row.
-
-    Args:
-        values: `[rows, seq]`.
-        lengths: `[rows]` int64, at least 1.
-
-    Returns:
-        `[rows]` of the dtype of `values`.
-    """
-    return values.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    return _response_table(
+        logprobs[0], output, prompt_lengths=prompt_lengths, response_mask=response_mask
+    )
 
 
 class SftObjective:
@@ -143,24 +132,28 @@ class SftObjective:
         """Real tokens per row, `[batch]`."""
         return batch.lengths
 
-    def __call__(self, output: Tensor, batch: SftBatch, row_weights: Tensor) -> LossTerms:
+    def output_spans(self, batch: SftBatch) -> None:
+        """Targets may be anywhere, so the output is read everywhere."""
+
+    def __call__(self, output: ModelOutput, batch: SftBatch, row_weights: Tensor) -> LossTerms:
         """Loss of the target tokens; the first token of a row is never a target.
 
         Args:
-            output: `[batch, seq, vocab/tp]` logits.
+            output: Logits of all tokens.
             batch: The micro-batch.
             row_weights: `[batch]`, 1 real, 0 filler.
         """
-        seq = output.shape[1]
         statistics = token_statistics(
-            output,
-            _next_tokens(batch.tokens, seq=seq),
+            output.values[None],
+            output.following(batch.tokens)[None],
             group=self._group,
             vocab_start=self._vocab_start,
         )
-        mask = _next_tokens(batch.loss_mask, seq=seq)
-        weights = _token_weights(mask, row_weights=row_weights, denominator=self._num_targets)
-        return token_loss(statistics.logprobs, is_greedy=statistics.is_greedy, weights=weights)
+        row_share = row_weights.float() / self._num_targets
+        weights = output.following(batch.loss_mask) * row_share[output.rows]
+        return token_loss(
+            statistics.logprobs[0], is_greedy=statistics.is_greedy[0], weights=weights
+        )
 
 
 class PairwiseObjective:
@@ -192,15 +185,21 @@ class PairwiseObjective:
         """Real tokens per model row, `[2 * pairs]`."""
         return batch.lengths.flatten()
 
-    def __call__(self, output: Tensor, batch: PreferenceBatch, row_weights: Tensor) -> LossTerms:
+    def output_spans(self, batch: PreferenceBatch) -> Tensor | None:
+        """The last token of each row, `[2 * pairs, 2]`."""
+        return final_spans(self.row_lengths(batch))
+
+    def __call__(
+        self, output: ModelOutput, batch: PreferenceBatch, row_weights: Tensor
+    ) -> LossTerms:
         """Loss of the pairs.
 
         Args:
-            output: `[2 * pairs, seq]` scalars.
+            output: Scalars at the last tokens.
             batch: The micro-batch.
             row_weights: `[pairs]`, 1 real, 0 filler.
         """
-        scores = final_scores(output, lengths=self.row_lengths(batch)).view(-1, 2)
+        scores = output.values.view(-1, 2)
         return bradley_terry_loss(
             chosen=scores[:, 0],
             rejected=scores[:, 1],
@@ -212,16 +211,23 @@ class PairwiseObjective:
 class TokenwisePairwiseObjective(PairwiseObjective):
     """DeepSpeed-Chat's token-wise pair loss without its pads; see `tokenwise_pair_loss`."""
 
-    def __call__(self, output: Tensor, batch: PreferenceBatch, row_weights: Tensor) -> LossTerms:
+    def output_spans(self, batch: PreferenceBatch) -> None:
+        """All tokens are compared, so the output is read everywhere."""
+
+    def __call__(
+        self, output: ModelOutput, batch: PreferenceBatch, row_weights: Tensor
+    ) -> LossTerms:
         """Loss of the pairs.
 
         Args:
-            output: `[2 * pairs, seq]` scalars.
+            output: Scalars of all tokens.
             batch: The micro-batch.
             row_weights: `[pairs]`, 1 real, 0 filler.
         """
+        rows = self.model_input(batch)
+        values = output.to_columns(output.values, output.positions, like=rows)
         return tokenwise_pair_loss(
-            output.view(-1, 2, output.shape[1]),
+            values.view(-1, 2, values.shape[1]),
             tokens=batch.tokens,
             lengths=batch.lengths,
             weights=row_weights / self._num_pairs,
@@ -250,10 +256,13 @@ class _ExperienceObjective:
         """Prompt and response tokens per row, `[batch]`."""
         return batch.lengths
 
+    def output_spans(self, batch: Experience) -> Tensor:
+        """Where the response tokens are chosen, `[batch, 2]`."""
+        return response_spans(prompt_lengths=batch.prompt_lengths, lengths=batch.lengths)
+
     def _weights(self, batch: Experience, row_weights: Tensor) -> Tensor:
-        return _token_weights(
-            batch.response_mask, row_weights=row_weights, denominator=self._num_tokens
-        )
+        """`[batch, response_len]` float32, each token's share of the global loss."""
+        return batch.response_mask * (row_weights.float() / self._num_tokens)[:, None]
 
 
 class PolicyObjective(_ExperienceObjective):
@@ -304,24 +313,27 @@ class PolicyObjective(_ExperienceObjective):
             vocab_start=vocab_start,
         )
 
-    def __call__(self, output: Tensor, batch: Experience, row_weights: Tensor) -> LossTerms:
+    def __call__(self, output: ModelOutput, batch: Experience, row_weights: Tensor) -> LossTerms:
         """Policy loss of the response tokens.
 
         Args:
-            output: `[batch, seq, vocab/tp]` logits.
+            output: Logits where they are chosen.
             batch: The micro-batch.
             row_weights: `[batch]`, 1 real, 0 filler.
         """
         statistics = token_statistics(
-            output,
-            _next_tokens(batch.tokens, seq=output.shape[1]),
+            output.values[None],
+            output.following(batch.tokens)[None],
             group=self._group,
             vocab_start=self._vocab_start,
             temperature=self._temperature,
         )
         logprobs, entropy = (
-            _gather_response(
-                values, prompt_lengths=batch.prompt_lengths, response_mask=batch.response_mask
+            _response_table(
+                values[0],
+                output,
+                prompt_lengths=batch.prompt_lengths,
+                response_mask=batch.response_mask,
             )
             for values in (statistics.logprobs, statistics.entropy)
         )
@@ -348,11 +360,11 @@ class ValueObjective(_ExperienceObjective):
         """The objective whose denominator is the number of response tokens in this mini-batch."""
         return cls(config, num_tokens=_at_least_one(batch.response_mask.sum()))
 
-    def __call__(self, output: Tensor, batch: Experience, row_weights: Tensor) -> LossTerms:
+    def __call__(self, output: ModelOutput, batch: Experience, row_weights: Tensor) -> LossTerms:
         """Value loss of the states in which the response tokens were chosen.
 
         Args:
-            output: `[batch, seq]` scalars.
+            output: Scalars of those states.
             batch: The micro-batch.
             row_weights: `[batch]`, 1 real, 0 filler.
         """
@@ -368,22 +380,13 @@ class ValueObjective(_ExperienceObjective):
         )
 
 
-def _next_tokens(tokens: Tensor, *, seq: int) -> Tensor:
-    """`[rows, seq]`: column p holds column p + 1 of `tokens`, 0 (or False) past its end."""
-    following = tokens[:, 1 : seq + 1]
-    return torch.nn.functional.pad(following, (0, seq - following.shape[1]))
-
-
-def _gather_response(values: Tensor, *, prompt_lengths: Tensor, response_mask: Tensor) -> Tensor:
-    """`[batch, seq]` -> `[batch, response_len]`, exactly 0 (value and gradient) where masked."""
-    positions = response_positions(prompt_lengths, response_len=response_mask.shape[1])
-    gathered = values.gather(1, positions.clamp(0, values.shape[1] - 1))
-    return gathered.masked_fill(~response_mask, 0.0)
-
-
-def _token_weights(mask: Tensor, *, row_weights: Tensor, denominator: float | Tensor) -> Tensor:
-    """`[rows, columns]` float32, each token's share of the global loss."""
-    return mask * (row_weights.float() / denominator)[:, None]
+def _response_table(
+    values: Tensor, output: ModelOutput, *, prompt_lengths: Tensor, response_mask: Tensor
+) -> Tensor:
+    """`[places]` -> `[batch, response_len]`, exactly 0 (value and gradient) where masked."""
+    columns = output.positions - prompt_lengths[output.rows] + 1
+    table = output.to_columns(values, columns, like=response_mask)
+    return table.masked_fill(~response_mask, 0.0)
 
 
 def _at_least_one(count: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ statistics are plain arithmetic, equal everywhere and independent of the roles' 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from megachat.errors import AgreementError
 from megachat.generation.sampling import SamplingConfig
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rng import generator_for, seed_for
@@ -29,15 +30,15 @@ from megachat.rlhf.advantages import (
     masked_mean,
     whiten,
 )
-from megachat.rlhf.config import PpoConfig
+from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig
 from megachat.rlhf.engine import RLHFEngine
 from megachat.rlhf.kl import KlController, create_kl_controller, estimate_kl
 from megachat.rlhf.objectives import PolicyObjective, ValueObjective
 from megachat.rlhf.rewards import RewardNormalizer, shape_rewards
 from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
 from megachat.telemetry.timers import PhaseTimers
-from megachat.training.engine import ForwardEngine
-from megachat.training.loss import LossTerms
+from megachat.training.engine import ForwardEngine, LossReport
+from megachat.training.loss import LossTerms, ModelOutput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +53,7 @@ class RolloutStatistics:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PpoExperience(Experience):
-    """An experience together with the scale of its values and returns.
+    """An experience together with the scale of its values and returns, and the policy's age.
 
     Statistics of the scores may go on changing (`running`) while experiences wait to be trained
     on; a row keeps the ones it was standardised with, so old and new values stay comparable.
@@ -62,6 +63,8 @@ class PpoExperience(Experience):
     """[batch] float32, what was subtracted from the row's score and from its critic outputs."""
     score_std: Tensor
     """[batch] float32, what the differences were divided by."""
+    policy_steps: Tensor
+    """[batch] int64, updates that the actor had behind it when it answered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,8 @@ class PPOTrainer:
         sampling: SamplingConfig,
         seed: int,
         timers: PhaseTimers,
+        old_logprobs: OldLogprobs = OldLogprobs.RECOMPUTE,
+        tolerance: LogprobTolerance | None = None,
     ) -> None:
         """Starts with a fresh KL controller and reward normaliser.
 
@@ -95,6 +100,8 @@ class PPOTrainer:
             sampling: How responses are sampled; log-probs are taken at its temperature.
             seed: Start of the sampling and shuffling streams.
             timers: Where the phases of a step are measured.
+            old_logprobs: Where the log-probs come from that ratios, KL and rewards are made of.
+            tolerance: Of those that decoding noted down; None takes the default.
         """
         self.engine = engine
         self.config = config
@@ -103,6 +110,9 @@ class PPOTrainer:
         self.kl_controller: KlController = create_kl_controller(config.kl)
         self._seed = seed
         self._timers = timers
+        self._old_logprobs = old_logprobs
+        dtype = engine.actor.training.model.options.dtype
+        self._tolerance = (tolerance or LogprobTolerance()).of(dtype)
         self._iteration = 0
         self.experience_metrics: dict[str, float] = {}
         """Statistics of the latest experience, by the names they are written under."""
@@ -147,9 +157,11 @@ class PPOTrainer:
         seed = seed_for(self._seed, "rollout", self._iteration)
         rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
         with self._timers.phase("score"), self.engine.scoring():
-            logprobs, ref_logprobs = self._both_logprobs(
-                rollout, temperature=self.sampling.temperature
-            )
+            temperature = self.sampling.temperature
+            logprobs = rollout.logprobs
+            if self._old_logprobs is OldLogprobs.RECOMPUTE:
+                logprobs = self._actor_logprobs(rollout, temperature=temperature)
+            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
             critic_output = self._critic_output(rollout)
             scores = self._scores(rollout)
         self._iteration += 1
@@ -169,7 +181,8 @@ class PPOTrainer:
             temperature: The one they were sampled at.
         """
         with self.engine.scoring():
-            logprobs, ref_logprobs = self._both_logprobs(rollout, temperature=temperature)
+            logprobs = self._actor_logprobs(rollout, temperature=temperature)
+            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
             scores = self._scores(rollout)
         return RolloutStatistics(scores=scores, log_ratios=logprobs - ref_logprobs)
 
@@ -182,7 +195,12 @@ class PPOTrainer:
                 yield experience.select(part)
 
     def train_rlhf(self, experience: PpoExperience) -> PpoReport:
-        """One update of actor and critic on a mini-batch."""
+        """One update of actor and critic on a mini-batch.
+
+        Raises:
+            AgreementError: What decoding noted down is not what training computes; no weight has
+                changed since the policy sampled.
+        """
         actor, critic = self.engine.actor.training, self.engine.critic
         with self._timers.phase("train actor"):
             policy = actor.forward_backward(
@@ -195,12 +213,15 @@ class PPOTrainer:
                     vocab_start=actor.vocab_start,
                 ),
             )
-            actor_step = actor.step()
+            gap = self._decoding_gap(experience, policy)
+            with self._timers.phase("optimizer"):
+                actor_step = actor.step()
         with self._timers.phase("train critic"):
             value = critic.forward_backward(
                 experience, StandardizedValueObjective.for_batch(experience, self.config)
             )
-            critic_step = critic.step()
+            with self._timers.phase("optimizer"):
+                critic_step = critic.step()
         metrics = {
             "ppo/policy_loss": policy.loss,
             "ppo/value_loss": value.loss,
@@ -211,6 +232,7 @@ class PPOTrainer:
         }
         metrics |= {f"ppo/{name}": number for name, number in policy.metrics.items()}
         metrics |= {f"ppo/{name}": number for name, number in value.metrics.items()}
+        metrics |= gap
         return PpoReport(metrics=metrics, approx_kl=policy.metrics["approx_kl"])
 
     def should_stop(self, report: PpoReport) -> bool:
@@ -233,7 +255,7 @@ class PPOTrainer:
         standardized = self.normalizer.standardize(scores)
         score_mean = torch.full((rollout.num_rows,), self.normalizer.mean)
         score_std = torch.full((rollout.num_rows,), self.normalizer.std)
-        values = _on_score_scale(critic_output, mean=score_mean, std=score_std)
+        values = (critic_output - score_mean[:, None]) / score_std[:, None]
         values = values.masked_fill(~mask, 0.0)
         kl = estimate_kl(logprobs, ref_logprobs=ref_logprobs, estimator=config.kl.estimator)
         rewards = shape_rewards(
@@ -248,7 +270,6 @@ class PPOTrainer:
             rewards=rewards, values=values, response_mask=mask, gamma=config.gamma, lam=config.lam
         )
         mean_kl = float(masked_mean(logprobs - ref_logprobs, mask=mask))
-        gap = (logprobs - rollout.logprobs).abs()
         self.experience_metrics = self._reshard_metrics() | {
             "rlhf/score": float(scores.mean()),
             "rlhf/standardized_score": float(standardized.mean()),
@@ -261,8 +282,13 @@ class PPOTrainer:
             "rlhf/explained_variance": float(
                 explained_variance(values, returns=estimates.returns, mask=mask)
             ),
-            "rlhf/rollout_logprob_gap": float(gap.max()) if gap.numel() else 0.0,
         }
+        if self._old_logprobs is OldLogprobs.RECOMPUTE:
+            gap = (logprobs - rollout.logprobs).abs()
+            self.experience_metrics |= _gap_metrics(
+                mean=float(masked_mean(gap, mask=mask)),
+                largest=float(gap.max()) if gap.numel() else 0.0,
+            )
         self.kl_controller.update(mean_kl, num_samples=rollout.num_rows)
         return PpoExperience(
             tokens=rollout.tokens,
@@ -278,7 +304,32 @@ class PPOTrainer:
             finished=rollout.finished,
             score_mean=score_mean,
             score_std=score_std,
+            policy_steps=torch.full(
+                (rollout.num_rows,), self.engine.actor.training.steps_done, dtype=torch.int64
+            ),
         )
+
+    def _decoding_gap(self, experience: PpoExperience, policy: LossReport) -> dict[str, float]:
+        """How far decoding was from training, if this update starts from the policy that sampled.
+
+        Its log-ratios are then those of one policy on two paths, and no second pass is needed.
+
+        Raises:
+            AgreementError: The mean of them is above the tolerance.
+        """
+        is_measured = self._old_logprobs is OldLogprobs.ROLLOUT and bool(
+            (experience.policy_steps == self.engine.actor.training.steps_done).all()
+        )
+        if not is_measured:
+            return {}
+        mean, largest = policy.metrics["log_ratio_mean"], policy.metrics["log_ratio_max"]
+        if not mean <= self._tolerance:
+            raise AgreementError(
+                f"decoding and training disagree by {mean:.2g} nats per token on average (at most "
+                f"{largest:.2g}), rlhf.logprob_tolerance allows {self._tolerance:g}: look "
+                'for the fault in the generation backend, or set rlhf.old_logprobs = "recompute"'
+            )
+        return _gap_metrics(mean=mean, largest=largest)
 
     def _reshard_metrics(self) -> dict[str, float]:
         """The latest phase change of the actor, the slowest and largest of all ranks."""
@@ -293,12 +344,15 @@ class PPOTrainer:
             "perf/lent_bytes": self.engine.actor.last_pause.lent_bytes,
         }
 
-    def _both_logprobs(self, rollout: Rollout, *, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs of the response tokens under the actor and under the reference."""
-        return (
-            self._logprobs(self.engine.actor.training, rollout, temperature=temperature),
-            self._logprobs(self.engine.reference, rollout, temperature=temperature),
-        )
+    def _actor_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """`[batch, response_len]` log-probs under the present actor, on its training path."""
+        with self._timers.phase("actor"):
+            return self._logprobs(self.engine.actor.training, rollout, temperature=temperature)
+
+    def _reference_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
+        """`[batch, response_len]` log-probs under the reference."""
+        with self._timers.phase("reference"):
+            return self._logprobs(self.engine.reference, rollout, temperature=temperature)
 
     def _logprobs(self, engine: ForwardEngine, rollout: Rollout, *, temperature: float) -> Tensor:
         """`[batch, response_len]` log-probs of the response tokens under a policy."""
@@ -314,13 +368,14 @@ class PPOTrainer:
 
     def _critic_output(self, rollout: Rollout) -> Tensor:
         """`[batch, response_len]` raw output of the critic, on the reward model's scale."""
-        return self.engine.critic.score(
-            rollout, ResponseValues(response_len=rollout.logprobs.shape[1])
-        )
+        function = ResponseValues(response_len=rollout.logprobs.shape[1])
+        with self._timers.phase("critic"):
+            return self.engine.critic.score(rollout, function)
 
     def _scores(self, rollout: Rollout) -> Tensor:
         """`[batch]` raw scores of the reward model."""
-        return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
+        with self._timers.phase("reward"):
+            return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
 
 
 class StandardizedValueObjective:
@@ -350,12 +405,17 @@ class StandardizedValueObjective:
         """Prompt and response tokens per row, `[batch]`."""
         return self._standardized.row_lengths(batch)
 
-    def __call__(self, output: Tensor, batch: PpoExperience, row_weights: Tensor) -> LossTerms:
+    def output_spans(self, batch: PpoExperience) -> Tensor:
+        """Where the response tokens are chosen, `[batch, 2]`."""
+        return self._standardized.output_spans(batch)
+
+    def __call__(self, output: ModelOutput, batch: PpoExperience, row_weights: Tensor) -> LossTerms:
         """As `ValueObjective`, on the scale that each row's values and returns are on."""
-        values = _on_score_scale(output, mean=batch.score_mean, std=batch.score_std)
-        return self._standardized(values, batch, row_weights)
+        rows = output.rows
+        values = (output.values - batch.score_mean[rows]) / batch.score_std[rows]
+        return self._standardized(replace(output, values=values), batch, row_weights)
 
 
-def _on_score_scale(output: Tensor, *, mean: Tensor, std: Tensor) -> Tensor:
-    """`[batch, columns]` output of the critic, shifted and scaled by row like the scores."""
-    return (output - mean[:, None]) / std[:, None]
+def _gap_metrics(*, mean: float, largest: float) -> dict[str, float]:
+    """Absolute differences of decoding's log-probs from the training path's, nats."""
+    return {"rlhf/rollout_logprob_gap": largest, "rlhf/rollout_logprob_gap_mean": mean}

@@ -4,7 +4,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megachat.records import Rollout
-from megachat.rlhf.objectives import final_scores, response_logprobs, response_values
+from megachat.rlhf.objectives import (
+    final_spans,
+    response_logprobs,
+    response_spans,
+    response_values,
+)
+from megachat.training.loss import ModelOutput
 
 
 class _RolloutScore:
@@ -17,6 +23,10 @@ class _RolloutScore:
     def row_lengths(self, batch: Rollout) -> Tensor:
         """Prompt and response tokens per row, `[batch]`."""
         return batch.lengths
+
+    def output_spans(self, batch: Rollout) -> Tensor:
+        """Where the response tokens are chosen, `[batch, 2]`."""
+        return response_spans(prompt_lengths=batch.prompt_lengths, lengths=batch.lengths)
 
 
 class ResponseLogprobs(_RolloutScore):
@@ -38,7 +48,7 @@ class ResponseLogprobs(_RolloutScore):
         self._group = group
         self._vocab_start = vocab_start
 
-    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Rollout) -> Tensor:
         """`[batch, response_len]` float32, 0 beyond the response."""
         return response_logprobs(
             output,
@@ -58,7 +68,7 @@ class ResponseValues(_RolloutScore):
         """Fixes the number of response columns."""
         self.columns = response_len
 
-    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+    def __call__(self, output: ModelOutput, batch: Rollout) -> Tensor:
         """`[batch, response_len]` float32, 0 beyond the response."""
         return response_values(
             output, prompt_lengths=batch.prompt_lengths, response_mask=batch.response_mask
@@ -70,6 +80,10 @@ class FinalScores(_RolloutScore):
 
     columns = 1
 
-    def __call__(self, output: Tensor, batch: Rollout) -> Tensor:
+    def output_spans(self, batch: Rollout) -> Tensor:
+        """The last token of each row, `[batch, 2]`."""
+        return final_spans(batch.lengths)
+
+    def __call__(self, output: ModelOutput, batch: Rollout) -> Tensor:
         """`[batch, 1]` float32."""
-        return final_scores(output, lengths=batch.lengths)[:, None]
+        return output.values[:, None]

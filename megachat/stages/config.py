@@ -22,7 +22,7 @@ from megachat.model.config import (
 )
 from megachat.parallel.launch import LaunchConfig
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
-from megachat.rlhf.config import PpoConfig
+from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig
 from megachat.training.schedules import OptimizerConfig
 
 FROM_SFT = "sft"
@@ -223,6 +223,11 @@ class RlhfSection(_LoopSection):
     memory: MemoryMeasures = MemoryMeasures()
     """What leaves the device to make room for generation."""
     sampling: SamplingConfig = SamplingConfig()
+    old_logprobs: Annotated[OldLogprobs, Field(strict=False)] = OldLogprobs.RECOMPUTE
+    """Log-probs of the policy that sampled: `rollout` saves the actor's forward pass over each
+    experience; ratios, KL and rewards are then made of what decoding noted down."""
+    logprob_tolerance: LogprobTolerance = LogprobTolerance()
+    """Where `rollout` ends the run: mean gap between decoding and training, nats per token."""
     ppo: PpoConfig = PpoConfig()
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6)
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-6)

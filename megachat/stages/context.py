@@ -97,7 +97,7 @@ def stage_fingerprint(config: RunConfig, stage: Stage) -> str:
     for role in tree["models"].values():
         for key in ("tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch_rows"):
             del role[key]
-    for key in ("generation", "generation_tensor", "memory"):
+    for key in ("generation", "generation_tensor", "memory", "logprob_tolerance"):
         del tree["rlhf"][key]
     del tree["data"]["cache_dir"]
     parts = {key: tree[key] for key in ("tokenizer", "data")}

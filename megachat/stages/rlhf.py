@@ -51,6 +51,8 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
         sampling=config.sampling,
         seed=seed_for(context.config.run.seed, Stage.PROMPTS),
         timers=timers,
+        old_logprobs=config.old_logprobs,
+        tolerance=config.logprob_tolerance,
     )
 
     def evaluate() -> PolicyEvaluation:
@@ -91,7 +93,11 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.PROMPTS),
         seconds=time.monotonic() - started,
-        metrics={**figures, "steps": num_steps},
+        metrics={
+            **figures,
+            "steps": num_steps,
+            "rollout_logprob_gap": max(step["rlhf/rollout_logprob_gap"] for step in steps),
+        },
         phase_seconds=timers.self_totals(),
         reshard=_reshard_cost(context, steps),
         replies=_replies(before, after, count=config.samples),

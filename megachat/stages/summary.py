@@ -33,6 +33,11 @@ _CHARTS = (
     Chart(stage="rlhf", title="Entropy", metrics=("ppo/entropy",)),
     Chart(stage="rlhf", title="Explained variance", metrics=("rlhf/explained_variance",)),
     Chart(stage="rlhf", title="Response length", metrics=("rlhf/response_length",)),
+    Chart(
+        stage="rlhf",
+        title="Log-probs of decoding against training (nats)",
+        metrics=("rlhf/rollout_logprob_gap", "rlhf/rollout_logprob_gap_mean"),
+    ),
 )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megachat.errors import PhaseError
 from megachat.model.opt import OptModel
+from megachat.model.packing import RowPacking
 from megachat.parallel.collectives import (
     all_gather_rows,
     all_reduce_max,
@@ -31,7 +32,7 @@ from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.memory import MovableTensors
 from megachat.parallel.rng import seed_for
 from megachat.records import Batch
-from megachat.training.loss import LossFunction
+from megachat.training.loss import LossFunction, ModelOutput
 from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
 from megachat.training.schedules import OptimizerConfig, learning_rate
 from megachat.training.storage import FlatStorage
@@ -54,7 +55,10 @@ class ScoreFunction(Protocol[BatchT_contra]):
     def row_lengths(self, batch: BatchT_contra) -> Tensor:
         """`[rows]` int64, as in `LossFunction`."""
 
-    def __call__(self, output: Tensor, batch: BatchT_contra) -> Tensor:
+    def output_spans(self, batch: BatchT_contra) -> Tensor | None:
+        """`[rows, 2]` int64, as in `LossFunction`."""
+
+    def __call__(self, output: ModelOutput, batch: BatchT_contra) -> Tensor:
         """`[batch.num_rows, columns]` float32."""
 
 
@@ -82,11 +86,18 @@ class _MicroBatch(Generic[BatchT]):
 
     batch: BatchT
     tokens: Tensor
-    """[rows, seq] int64."""
+    """[rows, seq] int64, as wide as the packing."""
+    packing: RowPacking
+    """Which of the tokens are computed."""
     row_weights: Tensor
     """[batch.num_rows] float32, 1 real, 0 filler."""
     index: int
     """Number of the micro-batch within the global batch."""
+
+    def output(self, values: Tensor) -> ModelOutput:
+        """What the model said, with its places."""
+        places, seq = self.packing.output_places, self.packing.seq
+        return ModelOutput(values=values, rows=places // seq, positions=places % seq)
 
 
 class _Stage:
@@ -113,7 +124,7 @@ class _PlannedTransfers(P2PCommunicator):  # type: ignore[misc]
         super().__init__(model.groups.pipeline, config)
         parts = model.groups.layout.tensor if config.sequence_parallel else 1
         shapes = [
-            (micro_batch.tokens.shape[1] // parts, len(micro_batch.tokens), config.hidden_size)
+            (micro_batch.packing.num_tokens // parts, 1, config.hidden_size)
             for micro_batch in micro_batches
         ]
         self._from_previous, self._from_next = iter(shapes), iter(shapes)
@@ -194,23 +205,31 @@ class ForwardEngine:
         )
         shard = plan.shards[self.groups.coordinate.data]
         selected = [batch.select(torch.tensor(cut.rows)) for cut in shard]
-        longest = [int(inputs.row_lengths(part).max()) for part in selected]
+        packings = [self._pack(part, inputs) for part in selected]
         micro_batches = [
             _MicroBatch(
                 batch=part.to(self.device),
-                tokens=self._fit(inputs.model_input(part), seq).to(self.device),
+                tokens=_fit(inputs.model_input(part), packing.seq).to(self.device),
+                packing=packing,
                 row_weights=(torch.arange(part.num_rows) < cut.num_real).float().to(self.device),
                 index=cut.index,
             )
-            for part, cut, seq in zip(selected, shard, longest, strict=True)
+            for part, cut, packing in zip(selected, shard, packings, strict=True)
         ]
         return plan, micro_batches
 
-    def _fit(self, tokens: Tensor, seq: int) -> Tensor:
-        """`tokens` cut or padded to `seq` columns, rounded up where sequence parallelism splits."""
-        if self.model.options.sequence_parallel:
-            seq = -(-seq // self.groups.layout.tensor) * self.groups.layout.tensor
-        return torch.nn.functional.pad(tokens[:, :seq], (0, max(0, seq - tokens.shape[1])))
+    def _pack(
+        self, part: BatchT, inputs: LossFunction[BatchT] | ScoreFunction[BatchT]
+    ) -> RowPacking:
+        """The rows of a micro-batch without padding, evened out for sequence parallelism."""
+        spans = inputs.output_spans(part)
+        is_cut = self.model.options.sequence_parallel
+        return RowPacking.of(
+            inputs.row_lengths(part).clamp(min=1).tolist(),
+            spans=None if spans is None else spans.tolist(),
+            multiple=self.groups.layout.tensor if is_cut else 1,
+            device=self.device,
+        )
 
     def _run(
         self,
@@ -225,7 +244,8 @@ class ForwardEngine:
         def forward_step(iterator: Iterator[_MicroBatch[BatchT]], _: _Stage) -> tuple[Tensor, Any]:
             micro_batch = next(iterator)
             before_forward(micro_batch)
-            return self.model(micro_batch.tokens), partial(_call, collect, micro_batch)
+            out = self.model(micro_batch.tokens, micro_batch.packing)
+            return out, partial(_call, collect, micro_batch)
 
         pipelined = self.groups.layout.pipeline > 1
         schedule = (
@@ -237,15 +257,15 @@ class ForwardEngine:
             raise PhaseError(
                 "the weights of this role are in host memory: bring them back before they run"
             )
-        rows, seq = micro_batches[0].tokens.shape
         transfers = _PlannedTransfers(self.model, micro_batches) if pipelined else None
         collected: list[Any] = schedule(
             forward_step_func=forward_step,
             data_iterator=iter(micro_batches),
             model=self._stage,
             num_microbatches=len(micro_batches),
-            seq_length=seq,
-            micro_batch_size=rows,
+            # Of the first; each transfer looks up its own.
+            seq_length=micro_batches[0].packing.num_tokens,
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
             p2p_communicator=transfers,
@@ -425,11 +445,16 @@ def _call(
 
 def _terms_of(loss: LossFunction[Any], micro_batch: _MicroBatch[Any], output: Tensor) -> Any:
     """A loss applied to one micro-batch."""
-    return loss(output, micro_batch.batch, micro_batch.row_weights)
+    return loss(micro_batch.output(output), micro_batch.batch, micro_batch.row_weights)
 
 
 def _scores_of(
     function: ScoreFunction[Any], micro_batch: _MicroBatch[Any], output: Tensor
 ) -> Tensor:
     """A score function applied to one micro-batch."""
-    return function(output, micro_batch.batch)
+    return function(micro_batch.output(output), micro_batch.batch)
+
+
+def _fit(tokens: Tensor, seq: int) -> Tensor:
+    """`[rows, ...]` cut or padded to `[rows, seq]`."""
+    return torch.nn.functional.pad(tokens[:, :seq], (0, max(0, seq - tokens.shape[1])))

@@ -10,7 +10,8 @@ from torch import Tensor
 from megachat.errors import KernelError
 from megachat.generation.generator import GenerationConfig, Generator
 from megachat.generation.kv_cache import PagedKvCache
-from megachat.generation.runner import DecodeRows, ModelRunner, PackedStep, PrefillRows
+from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
+from megachat.generation.runner import ModelRunner
 from megachat.generation.weights import GenerationWeights
 from megachat.ops.registry import Backend
 from megachat.parallel.collectives import all_gather_last_dim

@@ -24,7 +24,7 @@ from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, SftBatch
 from megachat.reshard.execute import Resharder
 from megachat.rlhf.objectives import SftObjective
-from megachat.training.loss import LossTerms
+from megachat.training.loss import LossTerms, ModelOutput
 from megachat.training.schedules import OptimizerConfig
 
 CONFIG = OptConfig(
@@ -69,8 +69,9 @@ class _Breaking:
         self._loss, self._folder, self._calls = loss, folder, 0
         self.metric_names, self.maximum_names = loss.metric_names, loss.maximum_names
         self.model_input, self.row_lengths = loss.model_input, loss.row_lengths
+        self.output_spans = loss.output_spans
 
-    def __call__(self, output: Tensor, batch: SftBatch, row_weights: Tensor) -> LossTerms:
+    def __call__(self, output: ModelOutput, batch: SftBatch, row_weights: Tensor) -> LossTerms:
         self._calls += 1
         if self._calls == 3:
             _note(self._folder)

@@ -9,6 +9,7 @@ from megachat.rlhf.config import (
     KlConfig,
     KlControl,
     KlEstimator,
+    LogprobTolerance,
     MissingEos,
     PpoConfig,
     Recipe,
@@ -38,7 +39,7 @@ def test_the_defaults_are_those_of_the_megachat_recipe() -> None:
 def test_every_field_is_documented() -> None:
     source = Path(PpoConfig.__module__.replace(".", "/") + ".py")
     lines = (Path(__file__).parents[2] / source).read_text(encoding="utf-8").splitlines()
-    for model in (PpoConfig, KlConfig, RewardConfig):
+    for model in (PpoConfig, KlConfig, RewardConfig, LogprobTolerance):
         for name in model.model_fields:
             start = next(n for n, line in enumerate(lines) if line.startswith(f"    {name}: "))
             following = lines[start + 1 : start + 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megachat.records import Experience, PreferenceBatch
+from megachat.records import Batch, Experience, PreferenceBatch
 from megachat.rlhf.advantages import explained_variance, generalized_advantages, whiten
 from megachat.rlhf.config import (
     KlControl,
@@ -26,9 +26,10 @@ from megachat.rlhf.objectives import (
     PolicyObjective,
     TokenwisePairwiseObjective,
     ValueObjective,
-    response_logprobs,
 )
 from megachat.rlhf.rewards import RewardNormalizer, shape_rewards
+from megachat.training.loss import LossFunction, LossTerms
+from tests.rlhf import outputs
 
 PAD, EOS = 1, 2
 CONFIG = PpoConfig()
@@ -56,6 +57,14 @@ def _experience(responses: list[list[int]], *, prompt: tuple[int, ...] = (2, 5))
     )
 
 
+def _terms(
+    objective: LossFunction, values: Tensor, batch: Batch, weights: Tensor | None = None
+) -> LossTerms:
+    """An objective on the part of a dense output that it reads; every row counts by default."""
+    weights = torch.ones(batch.num_rows) if weights is None else weights
+    return objective(outputs.asked_for(objective, values, batch), batch, weights)
+
+
 def _gae(reward: Tensor, values: Tensor) -> Tensor:
     return generalized_advantages(
         rewards=reward,
@@ -70,19 +79,12 @@ def test_f1_log_probs_are_those_of_the_distribution_that_was_sampled_from() -> N
     """The ratio of the sampling policy to itself is 1 at its temperature, and only there."""
     experience = _experience([[6, 7, EOS]])
     logits = torch.randn(1, 5, 9, generator=torch.Generator().manual_seed(0))
-    where = {"prompt_lengths": experience.prompt_lengths, "group": None, "vocab_start": 0}
-    sampled = response_logprobs(
-        logits,
-        tokens=experience.tokens,
-        response_mask=experience.response_mask,
-        temperature=0.7,
-        **where,
-    )
+    sampled = outputs.sampled_logprobs(logits, experience, temperature=0.7)
     experience = dataclasses.replace(experience, logprobs=sampled)
 
     def approx_kl(temperature: float) -> float:
         objective = PolicyObjective.for_batch(experience, CONFIG, temperature=temperature)
-        return objective(logits, experience, torch.ones(1)).metrics["approx_kl"].item()
+        return _terms(objective, logits, experience).metrics["approx_kl"].item()
 
     assert approx_kl(0.7) == pytest.approx(0.0, abs=1e-7)
     assert approx_kl(1.0) > 0.01
@@ -97,11 +99,11 @@ def test_f2_no_mask_is_inferred_from_a_token_id() -> None:
     )
     logits = torch.zeros(1, 6, 9, requires_grad=True)
     objective = PolicyObjective.for_batch(experience, CONFIG, temperature=1.0)
-    objective(logits, experience, torch.ones(1)).loss.backward()
+    _terms(objective, logits, experience).loss.backward()
     assert logits.grad.abs().sum(dim=2)[0].gt(0).tolist() == [False] + [True] * 4 + [False]
     values = torch.zeros(1, 6, requires_grad=True)
     critic = ValueObjective.for_batch(experience, CONFIG)
-    critic(values, experience, torch.ones(1)).loss.backward()
+    _terms(critic, values, experience).loss.backward()
     assert values.grad[0].ne(0).tolist() == [False] + [True] * 4 + [False]
 
 
@@ -114,11 +116,11 @@ def test_f3_eos_step_is_inside_the_mask_and_gets_gradient() -> None:
     predicts_eos = 2 + len(response) - 2  # position of the state in which EOS is chosen
     logits = torch.zeros(1, 8, 9, requires_grad=True)
     objective = PolicyObjective.for_batch(experience, CONFIG, temperature=1.0)
-    objective(logits, experience, torch.ones(1)).loss.backward()
+    _terms(objective, logits, experience).loss.backward()
     assert logits.grad[0, predicts_eos, EOS] < 0  # a good response makes stopping likelier
     values = torch.zeros(1, 8, requires_grad=True)
     critic = ValueObjective.for_batch(experience, CONFIG)
-    critic(values, experience, torch.ones(1)).loss.backward()
+    _terms(critic, values, experience).loss.backward()
     assert values.grad[0, predicts_eos] != 0
 
 
@@ -188,7 +190,7 @@ def test_f4_the_numbers_of_the_flaw() -> None:
 def test_f4_no_pad_has_a_gradient_and_the_final_scores_have_all_of_it() -> None:
     batch = _short_and_long_answer()
     values = torch.randn(2, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    PairwiseObjective.for_batch(batch)(values, batch, torch.ones(1)).loss.backward()
+    _terms(PairwiseObjective.for_batch(batch), values, batch).loss.backward()
     assert values.grad[0].nonzero().flatten().tolist() == [8]
     assert values.grad[1].nonzero().flatten().tolist() == [27]
 
@@ -196,7 +198,7 @@ def test_f4_no_pad_has_a_gradient_and_the_final_scores_have_all_of_it() -> None:
 def test_f4_the_tokenwise_option_leaves_pads_out_and_trains_both_final_scores() -> None:
     batch = _short_and_long_answer()
     values = torch.zeros(2, 28, requires_grad=True)
-    terms = TokenwisePairwiseObjective.for_batch(batch)(values, batch, torch.ones(1))
+    terms = _terms(TokenwisePairwiseObjective.for_batch(batch), values, batch)
     terms.loss.backward()
     share = values.grad.abs() / values.grad.abs().sum(dim=1, keepdim=True)
     assert not share[0, 9:].any() and not share[:, :3].any()
@@ -242,18 +244,10 @@ def test_f6_training_may_stop_early_on_the_kl_of_the_updated_policy() -> None:
     experience = _experience([[6, 7, EOS]])
     objective = PolicyObjective.for_batch(experience, CONFIG, temperature=1.0)
     logits = torch.randn(1, 5, 9, generator=torch.Generator().manual_seed(0))
-    sampled = response_logprobs(
-        logits,
-        tokens=experience.tokens,
-        prompt_lengths=experience.prompt_lengths,
-        response_mask=experience.response_mask,
-        group=None,
-        vocab_start=0,
-        temperature=1.0,
-    )
+    sampled = outputs.sampled_logprobs(logits, experience, temperature=1.0)
     experience = dataclasses.replace(experience, logprobs=sampled)
     distances = [
-        objective(logits * (1 + step), experience, torch.ones(1)).metrics["approx_kl"].item()
+        _terms(objective, logits * (1 + step), experience).metrics["approx_kl"].item()
         for step in (0.0, 0.1, 0.2, 0.4)
     ]
     assert distances == sorted(distances) and distances[-1] > distances[0]
@@ -263,18 +257,10 @@ def test_f7_the_first_pass_over_an_experience_has_ratio_exactly_one() -> None:
     """Old and new log-probs come from one function, so equal logits give equal bits."""
     experience = _experience([[6, 7, EOS], [8, EOS]])
     logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(1)).bfloat16()
-    sampled = response_logprobs(
-        logits,
-        tokens=experience.tokens,
-        prompt_lengths=experience.prompt_lengths,
-        response_mask=experience.response_mask,
-        group=None,
-        vocab_start=0,
-        temperature=0.9,
-    )
+    sampled = outputs.sampled_logprobs(logits, experience, temperature=0.9)
     experience = dataclasses.replace(experience, logprobs=sampled)
     objective = PolicyObjective.for_batch(experience, CONFIG, temperature=0.9)
-    terms = objective(logits, experience, torch.ones(2))
+    terms = _terms(objective, logits, experience)
     assert terms.maxima["ratio_max"].item() == 1.0
     assert terms.metrics["approx_kl"].item() == 0.0
 
@@ -289,8 +275,8 @@ def test_f10_empty_responses_and_fillers_are_masked_instead_of_dropped() -> None
     weights = torch.tensor([1.0, 1.0, 0.0, 0.0])
     table = torch.randn(9, 9, generator=torch.Generator().manual_seed(2))
     objective = PolicyObjective.for_batch(experience, CONFIG, temperature=1.0)
-    expected = objective(table[alone.tokens], alone, torch.ones(1))
-    found = objective(table[filled.tokens], filled, weights)
+    expected = _terms(objective, table[alone.tokens], alone)
+    found = _terms(objective, table[filled.tokens], filled, weights)
     torch.testing.assert_close(found.loss, expected.loss)
     for name in POLICY_METRICS:
         torch.testing.assert_close(found.metrics[name], expected.metrics[name])
@@ -336,7 +322,7 @@ def test_f13_a_token_weighs_the_same_however_the_batch_is_cut() -> None:
 
     def ours(cuts: list[list[int]]) -> float:
         parts = [experience.select(torch.tensor(cut)) for cut in cuts]
-        terms = [objective(table[part.tokens], part, torch.ones(part.num_rows)) for part in parts]
+        terms = [_terms(objective, table[part.tokens], part) for part in parts]
         return sum(term.loss.item() for term in terms)
 
     whole, halves, others = [[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]]

@@ -50,8 +50,9 @@ def _policy(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, **c
 
 def _loop_policy(logprobs, old, advantages, mask, dual_clip: float) -> dict[str, float]:
     """The surrogate and its statistics, token by token."""
-    sums = dict.fromkeys(("loss", "clip_fraction", "approx_kl", "ratio_mean"), 0.0)
-    largest = 0.0
+    names = ("loss", "clip_fraction", "approx_kl", "ratio_mean", "log_ratio_mean")
+    sums = dict.fromkeys(names, 0.0)
+    largest = furthest = 0.0
     for row, column in zip(*np.nonzero(mask.numpy()), strict=True):
         ratio = math.exp(float(logprobs[row, column] - old[row, column]))
         gain = float(advantages[row, column])
@@ -63,8 +64,10 @@ def _loop_policy(logprobs, old, advantages, mask, dual_clip: float) -> dict[str,
         sums["clip_fraction"] += clipped > plain
         sums["approx_kl"] += ratio - 1 - math.log(ratio)
         sums["ratio_mean"] += ratio
-        largest = max(largest, ratio)
-    return {name: value / int(mask.sum()) for name, value in sums.items()} | {"ratio_max": largest}
+        sums["log_ratio_mean"] += abs(math.log(ratio))
+        largest, furthest = max(largest, ratio), max(furthest, abs(math.log(ratio)))
+    means = {name: value / int(mask.sum()) for name, value in sums.items()}
+    return means | {"ratio_max": largest, "log_ratio_max": furthest}
 
 
 @given(seed=st.integers(0, 10_000), dual_clip=st.sampled_from([math.inf, 1.5, 3.0]))
@@ -75,9 +78,10 @@ def test_the_policy_loss_agrees_with_a_loop_over_tokens(seed: int, dual_clip: fl
     terms = _policy(logprobs, old, advantages, mask, dual_clip=dual_clip)
     expected = _loop_policy(logprobs, old, advantages, mask, dual_clip)
     assert terms.loss.item() == pytest.approx(expected["loss"], rel=1e-4, abs=1e-5)
-    for name in ("clip_fraction", "approx_kl", "ratio_mean"):
+    for name in ("clip_fraction", "approx_kl", "ratio_mean", "log_ratio_mean"):
         assert terms.metrics[name].item() == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
-    assert terms.maxima["ratio_max"].item() == pytest.approx(expected["ratio_max"], rel=1e-4)
+    for name in ("ratio_max", "log_ratio_max"):
+        assert terms.maxima[name].item() == pytest.approx(expected[name], rel=1e-4)
 
 
 def test_at_the_old_policy_the_gradient_is_minus_the_weighted_advantage() -> None:

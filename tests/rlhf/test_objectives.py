@@ -16,12 +16,12 @@ from megachat.rlhf.objectives import (
     SftObjective,
     TokenwisePairwiseObjective,
     ValueObjective,
-    final_scores,
-    response_logprobs,
-    response_positions,
+    final_spans,
+    response_spans,
     response_values,
 )
 from megachat.training.loss import LossFunction, LossTerms
+from tests.rlhf import outputs
 
 VOCAB, SEQ, RESPONSE = 11, 9, 5
 TEMPERATURE = 0.7
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Callable, Callable, int]] = {
 def _run(
     objective: LossFunction, model: _Model, batch: Batch, cuts: list[list[int]], fillers: int
 ) -> tuple[LossTerms, Tensor]:
-    """Drives an objective as an engine does: cut, fill up, trim or extend, sum, backward."""
+    """Drives an objective as an engine does: cut, fill up, pick what is read, sum, backward."""
     model.table.grad = None
     total, metrics, maxima = torch.zeros(()), {}, {}
     for index, rows in enumerate(cuts):
@@ -125,7 +125,7 @@ def _run(
         weights = torch.tensor([1.0] * len(rows) + [0.0] * fillers)
         longest = int(objective.row_lengths(part).max())
         output = model(objective.model_input(part), longest if index % 2 else SEQ + 3)
-        terms = objective(output, part, weights)
+        terms = objective(outputs.asked_for(objective, output, part), part, weights)
         terms.loss.backward()
         total = total + terms.loss.detach()
         for name, value in terms.metrics.items():
@@ -209,22 +209,15 @@ def test_the_pair_loss_reads_the_scores_at_the_last_real_tokens() -> None:
 
 def test_positions_and_gathering_follow_the_alignment_of_the_records() -> None:
     batch = _experience(6, 4)
-    positions = response_positions(batch.prompt_lengths, response_len=RESPONSE)
-    assert positions.shape == (6, RESPONSE)
+    spans = response_spans(prompt_lengths=batch.prompt_lengths, lengths=batch.lengths)
     values = torch.randn(6, SEQ)
     gathered = response_values(
-        values, prompt_lengths=batch.prompt_lengths, response_mask=batch.response_mask
-    )
-    logits = torch.randn(6, SEQ, VOCAB)
-    logprobs = response_logprobs(
-        logits,
-        tokens=batch.tokens,
+        outputs.read(values, spans),
         prompt_lengths=batch.prompt_lengths,
         response_mask=batch.response_mask,
-        group=None,
-        vocab_start=0,
-        temperature=TEMPERATURE,
     )
+    logits = torch.randn(6, SEQ, VOCAB)
+    logprobs = outputs.sampled_logprobs(logits, batch, temperature=TEMPERATURE)
     log_p = (logits / TEMPERATURE).log_softmax(dim=-1)
     for row in range(6):
         for column in range(RESPONSE):
@@ -232,7 +225,7 @@ def test_positions_and_gathering_follow_the_alignment_of_the_records() -> None:
                 assert gathered[row, column] == logprobs[row, column] == 0.0
                 continue
             token_at = int(batch.prompt_lengths[row]) + column
-            assert positions[row, column] == token_at - 1
+            assert spans[row, 0] <= token_at - 1 < spans[row, 1]
             assert gathered[row, column] == values[row, token_at - 1]
             expected = log_p[row, token_at - 1, batch.tokens[row, token_at]].item()
             assert logprobs[row, column].item() == pytest.approx(expected, abs=1e-5)
@@ -240,20 +233,14 @@ def test_positions_and_gathering_follow_the_alignment_of_the_records() -> None:
 
 def test_final_scores_stand_at_the_last_real_token() -> None:
     values = torch.arange(12.0).view(3, 4)
-    assert final_scores(values, lengths=torch.tensor([1, 4, 2])).tolist() == [0.0, 7.0, 9.0]
+    read = outputs.read(values, final_spans(torch.tensor([1, 4, 2])))
+    assert read.values.tolist() == [0.0, 7.0, 9.0]
 
 
 def test_the_policy_that_sampled_has_ratio_one_at_the_sampling_temperature() -> None:
     batch, model = _experience(5, 6), _Model(VOCAB)
-    sampled = response_logprobs(
-        model(batch.tokens, SEQ).detach(),
-        tokens=batch.tokens,
-        prompt_lengths=batch.prompt_lengths,
-        response_mask=batch.response_mask,
-        group=None,
-        vocab_start=0,
-        temperature=TEMPERATURE,
-    )
+    logits = model(batch.tokens, SEQ).detach()
+    sampled = outputs.sampled_logprobs(logits, batch, temperature=TEMPERATURE)
     batch = dataclasses.replace(batch, logprobs=sampled)
     objective = PolicyObjective.for_batch(batch, CONFIG, temperature=TEMPERATURE)
     terms, _ = _run(objective, model, batch, [[0, 1, 2, 3, 4]], 0)
@@ -269,8 +256,9 @@ def test_the_entropy_metric_is_that_of_the_tempered_distribution() -> None:
     objective = PolicyObjective.for_batch(batch, CONFIG, temperature=TEMPERATURE)
     terms, _ = _run(objective, model, batch, [[0, 1, 2, 3, 4]], 0)
     log_p = (model(batch.tokens, SEQ).detach() / TEMPERATURE).log_softmax(dim=-1)
+    spans = response_spans(prompt_lengths=batch.prompt_lengths, lengths=batch.lengths)
     entropy = response_values(
-        -(log_p.exp() * log_p).sum(dim=-1),
+        outputs.read(-(log_p.exp() * log_p).sum(dim=-1), spans),
         prompt_lengths=batch.prompt_lengths,
         response_mask=batch.response_mask,
     )

@@ -441,7 +441,10 @@ def _check_measure() -> None:
 
 
 def test_the_phases_of_a_step_are_timed() -> None:
-    phases = ["reshard", "generate", "score", "train actor", "train critic"]
+    phases = ["reshard", "generate", "score"]
+    phases += [f"score/{role}" for role in ("actor", "reference", "critic", "reward")]
+    for role in ("actor", "critic"):
+        phases += [f"train {role}", f"train {role}/optimizer"]
     assert run_ranks(1, _phases) == [phases]
 
 

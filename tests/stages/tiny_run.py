@@ -90,6 +90,7 @@ def tree(folder: Path) -> dict[str, Any]:
             "max_steps": 2,
             "evaluation_rows": 10,
             "sampling": {"max_new_tokens": 8},
+            "old_logprobs": "rollout",
             "ppo": {"reward": {"normalization_samples": 12}},
             "actor_optimizer": {"learning_rate": 1e-3, "epsilon": 1e-4},
             "critic_optimizer": {"learning_rate": 1e-3, "epsilon": 1e-4},

@@ -1,0 +1,430 @@
+"""Times one PPO step on this machine's CPU, phase by phase, beside the limits of the machine.
+
+    python tools/scaling/bench_ppo_step.py --dtype fp32 [--old-logprobs rollout] [--json]
+    python tools/scaling/bench_ppo_step.py --peer-python OTHER_ENVIRONMENT/bin/python
+
+Four models of one shape with random weights; every prompt is as long and every answer too; one
+epoch of one mini-batch. A phase's limit is the time of its matrix products at the speed of a large
+product, plus the time of the bytes that it cannot but move at the speed of reading memory, both
+measured between the steps. With `--peer-python`, an interpreter of an environment with TRL, steps
+of TRL's PPO trainer on the same weights and prompts take turns with ours; nothing is installed.
+"""
+
+import contextlib
+import inspect
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import Field
+
+from megachat.checkpoint.huggingface import read_config
+from megachat.checkpoint.writer import save_huggingface
+from megachat.config import ConfigModel, build_config
+from megachat.errors import ConfigError, MegachatError
+from megachat.generation.generator import GenerationConfig
+from megachat.generation.kv_cache import block_bytes
+from megachat.generation.sampling import SamplingConfig
+from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.model.config import Head, ModelOptions, OptConfig
+from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
+from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
+from megachat.parallel.layout import ParallelLayout
+from megachat.records import PromptBatch
+from megachat.rlhf.config import OldLogprobs, PpoConfig
+from megachat.rlhf.engine import RLHFEngine
+from megachat.rlhf.ppo import PPOTrainer
+from megachat.stages.rlhf import ppo_step
+from megachat.telemetry.flops import TransformerShape, decode_bytes, forward_flops
+from megachat.telemetry.machine import CPU_INFO, processor_name
+from megachat.telemetry.metrics import NullMetricsWriter
+from megachat.telemetry.timers import PhaseTimers
+from megachat.training.engine import ForwardEngine, TrainEngine
+from megachat.training.schedules import OptimizerConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PEER_SCRIPT = Path(__file__).with_name("trl_ppo_step.py")
+OURS, PEER = "megachat", "trl"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+WHOLE = "whole step"
+OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
+BLOCK_SIZE = 16
+_READ_BYTES = 1 << 28
+_GEMM_SIZE = 1024
+_TRIES = 5
+
+
+class Settings(ConfigModel):
+    """What is measured; the options of the command line."""
+
+    model: str = Field(
+        default="facebook/opt-125m",
+        description="Hub name of a published size, or HuggingFace folder: shape of all models.",
+    )
+    batch: int = Field(default=8, ge=1, description="Prompts.")
+    prompt: int = Field(default=128, ge=1, description="Tokens of each prompt.")
+    new: int = Field(default=64, ge=2, description="Tokens of each answer.")
+    dtype: str = Field(default="fp32", pattern="^(bf16|fp32)$", description="bf16 or fp32.")
+    threads: int = Field(default_factory=num_cores, ge=1, description="Of the CPU.")
+    repeats: int = Field(default=3, ge=1, description="Measured steps, after one to warm up.")
+    old_logprobs: Annotated[OldLogprobs, Field(strict=False)] = Field(
+        default=OldLogprobs.RECOMPUTE, description="recompute or rollout, see rlhf.old_logprobs."
+    )
+    peer_python: str | None = Field(
+        default=None, description="Interpreter of an environment with TRL, to compare with."
+    )
+
+    @property
+    def config(self) -> OptConfig:
+        """Architecture."""
+        return read_config(self.model)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What this machine did in the same run, the best of several tries."""
+
+    read_gb_s: float
+    """10^9 bytes a second, reading a buffer much larger than the caches."""
+    gemm_tflop_s: float
+    """10^12 operations a second in a large product of the run's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a phase cannot do without."""
+
+    flops: int = 0
+    """Of matrix products."""
+    moved_bytes: int = 0
+    """Read or written, beside the operands of those products."""
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """At the machine's limits, one after the other."""
+        gemm, read = ceilings.gemm_tflop_s * 1e12, ceilings.read_gb_s * 1e9
+        return self.flops / gemm + self.moved_bytes / read
+
+
+def phase_work(settings: Settings) -> dict[str, Work]:
+    """The work of each timed phase; logits count where a response token is chosen."""
+    config, value_bytes = settings.config, DTYPES[settings.dtype].itemsize
+    rows, lengths = settings.batch, [settings.prompt + settings.new] * settings.batch
+    policy = TransformerShape(
+        hidden=config.hidden,
+        ffn=config.ffn,
+        layers=config.layers,
+        embed_dim=config.embed_dim,
+        outputs=config.vocab_size,
+    )
+    scalar = replace(policy, outputs=1)
+    answers = rows * settings.new
+
+    def forward(shape: TransformerShape, head_tokens: int) -> int:
+        return forward_flops(shape, lengths=lengths, head_tokens=head_tokens).total
+
+    prompts = [settings.prompt] * rows
+    decoded = decode_bytes(
+        policy,
+        prompt_lengths=prompts,
+        response_lengths=[settings.new] * rows,
+        bytes_per_value=value_bytes,
+    )
+    # Gradient, weight and two moments are read, all but the gradient written; and a bf16 copy.
+    update = (7 * 4 + (2 if settings.dtype == "bf16" else 0)) * config.num_parameters
+    work = {
+        "generate": Work(
+            flops=forward_flops(policy, lengths=prompts, head_tokens=rows).total,
+            moved_bytes=decoded.total,
+        ),
+        "score/actor": Work(flops=forward(policy, answers)),
+        "score/reference": Work(flops=forward(policy, answers)),
+        "score/critic": Work(flops=forward(scalar, answers)),
+        "score/reward": Work(flops=forward(scalar, rows)),
+        "train actor": Work(flops=3 * forward(policy, answers), moved_bytes=update),
+        "train actor/optimizer": Work(moved_bytes=update),
+        "train critic": Work(flops=3 * forward(scalar, answers), moved_bytes=update),
+        "train critic/optimizer": Work(moved_bytes=update),
+    }
+    if settings.old_logprobs is OldLogprobs.ROLLOUT:
+        del work["score/actor"]
+    whole = [part for name, part in work.items() if not name.endswith("optimizer")]
+    work[WHOLE] = Work(
+        flops=sum(part.flops for part in whole), moved_bytes=sum(part.moved_bytes for part in whole)
+    )
+    return work
+
+
+def build_trainer(settings: Settings, timers: PhaseTimers) -> PPOTrainer:
+    """Four models with random weights: actor and reference alike, critic and reward model too."""
+    config, groups = settings.config, ProcessGroups.create(ParallelLayout())
+    options = ModelOptions(dtype=DTYPES[settings.dtype])
+
+    def model(head: Head) -> OptModel:
+        return OptModel(config, groups=groups, head=head, options=options, seed=1)
+
+    blocks = settings.batch * -(-(settings.prompt + settings.new) // BLOCK_SIZE) + 1
+    size = block_bytes(config, tensor=1, block_size=BLOCK_SIZE, dtype=options.dtype)
+    rows = settings.batch
+    actor = HybridEngine(
+        model(Head.LANGUAGE_MODEL),
+        HybridSettings(
+            generation_tensor=1,
+            micro_batch_rows=rows,
+            optimizer=OPTIMIZER,
+            total_steps=100,
+            seed=0,
+            generation=GenerationConfig(
+                backend=Backend.CPU,
+                block_size=BLOCK_SIZE,
+                kv_cache_gb=blocks * size / 1e9,
+                max_sequences=rows,
+                prefill_tokens=rows * settings.prompt,
+            ),
+        ),
+        stop_ids=(),
+    )
+    critic = TrainEngine(
+        model(Head.SCALAR), micro_batch_rows=rows, optimizer=OPTIMIZER, total_steps=100, seed=0
+    )
+    return PPOTrainer(
+        RLHFEngine(
+            actor=actor,
+            critic=critic,
+            reference=ForwardEngine(model(Head.LANGUAGE_MODEL), micro_batch_rows=rows),
+            reward=ForwardEngine(model(Head.SCALAR), micro_batch_rows=rows),
+        ),
+        config=PpoConfig(epochs=1, minibatches=1, reward={"normalization": "none"}),  # type: ignore[arg-type]
+        sampling=SamplingConfig(max_new_tokens=settings.new),
+        seed=0,
+        timers=timers,
+        old_logprobs=settings.old_logprobs,
+    )
+
+
+def measure_ceilings(dtype: torch.dtype) -> Ceilings:
+    """The best of a few tries at both limits, with torch's present number of threads."""
+    buffer = torch.ones(_READ_BYTES // 4)
+    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for action in (buffer.sum, lambda: left @ right):
+        tries = []
+        for _ in range(_TRIES):
+            start = time.perf_counter()
+            action()
+            tries.append(time.perf_counter() - start)
+        seconds.append(min(tries))
+    return Ceilings(
+        read_gb_s=_READ_BYTES / seconds[0] / 1e9,
+        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
+    )
+
+
+def run_rank(_worker: Worker, settings: Settings, output: str) -> None:
+    """Measures, and writes the results."""
+    torch.set_num_threads(settings.threads)
+    timers = PhaseTimers()
+    trainer, prompts = build_trainer(settings, timers), _prompts(settings)
+    metrics = NullMetricsWriter()
+    folder = Path(output).parent
+    seconds: dict[str, list[float]] = {}
+    peer_seconds: list[float] = []
+    ceilings: list[Ceilings] = []
+    with contextlib.ExitStack() as stack:
+        peer_step = None
+        if settings.peer_python is not None:
+            _save_models(trainer, prompts, folder)
+            peer_step = stack.enter_context(_peer(settings, folder))
+        for number in range(1 + settings.repeats):  # the first step warms up
+            timers.reset()
+            start = time.perf_counter()
+            ppo_step(trainer, prompts, step=number, metrics=metrics)
+            found = {WHOLE: time.perf_counter() - start} | timers.totals()
+            theirs = peer_step() if peer_step is not None else None
+            ceilings.append(measure_ceilings(DTYPES[settings.dtype]))
+            if number:
+                for name, value in found.items():
+                    seconds.setdefault(name, []).append(value)
+                peer_seconds += [] if theirs is None else [theirs]
+    best = Ceilings(
+        read_gb_s=max(each.read_gb_s for each in ceilings),
+        gemm_tflop_s=max(each.gemm_tflop_s for each in ceilings),
+    )
+    summary = {
+        "phases": _phases(settings, seconds, best),
+        "ceilings": asdict(best),
+        "peer": _spread(peer_seconds) if peer_seconds else None,
+        "settings": settings.model_dump(mode="json"),
+        "processor": processor_name(CPU_INFO),
+        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+    }
+    Path(output).write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _phases(
+    settings: Settings, seconds: Mapping[str, list[float]], ceilings: Ceilings
+) -> dict[str, dict[str, float | None]]:
+    """Median, spread and limit of each phase."""
+    work = phase_work(settings)
+    limits = {name: part.seconds(ceilings) for name, part in work.items()}
+    return {
+        name: {**_spread(values), "limit_seconds": limits.get(name)}
+        for name, values in seconds.items()
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "seconds": statistics.median(values),
+        "fastest_seconds": min(values),
+        "slowest_seconds": max(values),
+    }
+
+
+def _prompts(settings: Settings) -> PromptBatch:
+    generator = torch.Generator().manual_seed(0)
+    size = (settings.batch, settings.prompt)
+    return PromptBatch(
+        tokens=torch.randint(4, settings.config.vocab_size, size, generator=generator),
+        lengths=torch.full((settings.batch,), settings.prompt),
+        ids=torch.arange(settings.batch),
+    )
+
+
+def _save_models(trainer: PPOTrainer, prompts: PromptBatch, folder: Path) -> None:
+    """Weights and prompts, where the peer reads them."""
+    save_huggingface(trainer.engine.actor.training.model, folder / "policy")
+    save_huggingface(trainer.engine.reward.model, folder / "reward")
+    (folder / "prompts.json").write_text(json.dumps(prompts.tokens.tolist()), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _peer(settings: Settings, folder: Path) -> Iterator[Callable[[], float]]:
+    """A process that takes a step of TRL's trainer for each line it is sent, and says how long.
+
+    Raises:
+        ConfigError: The interpreter cannot be started, or has no TRL that works.
+    """
+    assert settings.peer_python is not None
+    request = settings.model_dump(mode="json") | {"folder": str(folder)}
+    log = folder / "peer.log"
+    # It is alone: what our launcher tells its ranks would make it wait for others.
+    command = ["env", *(f"--unset={name}" for name in RANK_VARIABLES)]
+    command += [settings.peer_python, str(PEER_SCRIPT), json.dumps(request)]
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdin is not None and process.stdout is not None
+        requests, replies = process.stdin, process.stdout
+
+        def step() -> float:
+            with contextlib.suppress(BrokenPipeError):
+                requests.write("step\n")
+                requests.flush()
+            for line in replies:
+                if line.startswith("seconds "):
+                    return float(line.split()[1])
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise ConfigError(
+                f"--peer-python {settings.peer_python}: TRL's step failed "
+                f"({' '.join(last) or 'no message'}): give an interpreter with trl 1.8"
+            )
+
+        try:
+            yield step
+        finally:
+            process.kill()
+            process.wait()
+
+
+def show(summary: Mapping[str, Any]) -> str:
+    """The results as tables."""
+    settings, ceilings = summary["settings"], summary["ceilings"]
+    lines = [
+        f"{settings['model']} x 4, {settings['dtype']}, batch {settings['batch']}, "
+        f"{settings['prompt']} + {settings['new']} tokens, {settings['old_logprobs']}, "
+        f"{settings['threads']} threads, {summary['processor']}, "
+        f"load {' '.join(summary['load_average'])}",
+        f"reading {ceilings['read_gb_s']:.1f} GB/s, GEMM {ceilings['gemm_tflop_s']:.3f} TFLOP/s",
+        f"{'phase':26}{'seconds':>9}{'(fastest - slowest)':>22}{'limit':>8}{'of limit':>10}",
+    ]
+    for name, row in summary["phases"].items():
+        lines.append(_line(name, row))
+    if summary["peer"] is not None:
+        ours, theirs = summary["phases"][WHOLE], summary["peer"]
+        lines.append(_line(f"{PEER}, {WHOLE}", theirs))
+        lines.append(
+            f"{PEER} takes {theirs['seconds'] / ours['seconds']:.2f} times as long as {OURS}"
+        )
+    return "\n".join(lines)
+
+
+def _line(name: str, row: Mapping[str, float | None]) -> str:
+    seconds, limit = row["seconds"], row.get("limit_seconds")
+    assert seconds is not None
+    spread = f"({row['fastest_seconds']:.3f} - {row['slowest_seconds']:.3f})"
+    line = f"{name:26}{seconds:9.3f}{spread:>22}"
+    return line if limit is None else f"{line}{limit:8.3f}{limit / seconds:10.0%}"
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Runs the steps and returns what was measured.
+
+    Raises:
+        MegachatError: There is no such model, the kernels cannot be built, or the peer fails.
+    """
+    _ = settings.config
+    config = LaunchConfig(processes=1, device="cpu", threads=settings.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "summary.json")
+        launch(config, run_rank, settings, str(output))
+        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return summary
+
+
+def main(*, as_json: bool, **options: Any) -> None:
+    """Times one PPO step on the CPU."""
+    try:
+        summary = measure(build_config(Settings, options, source="the command line"))
+    except MegachatError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps(summary) if as_json else show(summary))
+
+
+def _command() -> Callable[..., None]:
+    """`main` with an option for each field of `Settings`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            name,
+            keyword,
+            default=field.get_default(call_default_factory=True),
+            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+    flag = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=flag))
+
+    def command(**options: Any) -> None:
+        main(**options)
+
+    command.__doc__ = main.__doc__
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    return command
+
+
+if __name__ == "__main__":
+    typer.run(_command())

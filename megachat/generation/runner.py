@@ -4,7 +4,7 @@ A step holds the newest token of every running sequence and chunks of prompts, o
 other without padding. The weights are those of training, as views; keys and values live in pages.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
 from megachat.ops import cpu_kernels
+from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
@@ -93,6 +94,10 @@ class ModelRunner:
         self._tiled_linear = tiled_linear.on(backend)
         self._bias_relu = bias_relu.on(backend)
         self._add_and_norm = bias_residual_layer_norm.on(backend)
+        self._decode_step = None
+        if backend is Backend.CPU:
+            model = decode_model(weights, cache)
+            self._decode_step = CpuDecodeStep(model, most_rows=cache.max_sequences)
 
     @torch.no_grad()
     def forward(self, step: PackedStep) -> Tensor:
@@ -100,8 +105,18 @@ class ModelRunner:
 
         Returns:
             `[outputs, padded_vocab/tp]` logits of this rank's slice of the vocabulary; padding
-            columns hold the dtype's lowest number.
+            columns hold the dtype's lowest number. They may be overwritten by the next step.
         """
+        fused, rows = self._decode_step, step.decode
+        if fused is not None and rows is not None and step.prefill is None:
+            if step.outputs is None and len(step.tokens) <= fused.most_rows:
+                return fused.run(
+                    step.tokens,
+                    positions=step.positions,
+                    slots=step.slots,
+                    tables=rows.tables,
+                    lengths=rows.lengths,
+                )
         layers = self._weights.layers
         hidden = self._embed(step.tokens, step.positions)
         normed = hidden
@@ -122,7 +137,7 @@ class ModelRunner:
         hidden = F.embedding(local.masked_fill(outside, 0), weights.words)
         hidden = all_reduce_sum(hidden.masked_fill(outside[:, None], 0.0), self._group)
         if weights.project_in is not None:
-            hidden = F.linear(hidden, weights.project_in)
+            hidden = self._linear(hidden, weights.project_in)
         return hidden + F.embedding(positions + POSITION_OFFSET, weights.positions)
 
     def _layer(
@@ -213,3 +228,27 @@ class ModelRunner:
         logits = self._linear(hidden, weights.words)
         logits[:, weights.local_vocab :] = torch.finfo(logits.dtype).min
         return logits
+
+
+def decode_model(weights: GenerationWeights, cache: PagedKvCache) -> DecodeModel:
+    """Weights and cache as `CpuDecodeStep` takes them."""
+    layers = []
+    for number, layer in enumerate(weights.layers):
+        keys, values = cache.layer(number)
+        tensors = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        layers.append(DecodeLayer(**tensors, keys=keys, values=values))
+    return DecodeModel(
+        layers=tuple(layers),
+        words=weights.words,
+        positions=weights.positions,
+        position_offset=POSITION_OFFSET,
+        project_in=weights.project_in,
+        project_out=weights.project_out,
+        final_norm_weight=weights.final_norm_weight,
+        final_norm_bias=weights.final_norm_bias,
+        norm_first=weights.config.layer_norm_first,
+        epsilon=_EPSILON,
+        vocab_start=weights.vocab_start,
+        local_vocab=weights.local_vocab,
+        group=weights.groups.tensor,
+    )

@@ -30,7 +30,7 @@ inline void add_part(const float* x, const T* weight, int64_t row_stride, int re
     }
 }
 
-// sums[token][row] += the products of `Rows` rows with `Tokens` tokens over `width` inputs.
+// sums += the products of `Rows` rows with `Tokens` tokens over `width` inputs.
 template <class T, int Rows, int Tokens>
 inline void add_products(const float* x, const T* weight, int64_t row_stride, int64_t width,
                          const Ahead& ahead, float* sums) {
@@ -58,11 +58,15 @@ inline void add_products(const float* x, const T* weight, int64_t row_stride, in
     // Copies, so that the totals themselves are never looked at in memory.
     Floats done[Tokens * Rows];
 #pragma GCC unroll 16
-    for (int i = 0; i < Tokens * Rows; ++i) done[i] = total[i];
-    float each[Tokens * Rows] = {};
-    add_sums<Tokens * Rows>(done, each);
-    for (int t = 0; t < Tokens; ++t) {
-        for (int r = 0; r < Rows; ++r) sums[t * kBlockRows + r] += each[t * Rows + r];
+    for (int t = 0; t < Tokens * Rows; ++t) done[t] = total[t];
+    constexpr int kFull = Tokens * Rows / kLanes, kRest = Tokens * Rows % kLanes;
+    for (int v = 0; v < kFull; ++v) {
+        float* to = sums + v * kLanes;
+        store(to, load(to) + sums_of<kLanes>(done + v * kLanes));
+    }
+    if constexpr (kRest > 0) {
+        float* to = sums + kFull * kLanes;
+        store(to, load(to) + sums_of<kRest>(done + kFull * kLanes));
     }
 }
 
@@ -98,7 +102,7 @@ void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stri
                               row_stride * static_cast<int64_t>(sizeof(T)),
                               kLanes * static_cast<int64_t>(sizeof(float)) / passes};
             const T* from = weight + first * row_stride;
-            float* to = sums + token * kBlockRows + first;
+            float* to = sums + Sums::place(pass, first / kRows);
             switch (rows - first) {
                 case 1:
                     add_tokens<T, 1>(x + pass * part, count, from, row_stride, width, ahead, to);

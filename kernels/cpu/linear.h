@@ -20,6 +20,33 @@ constexpr int kGroups = 4;        // of rows in a block
 constexpr int64_t kInputs = 384;  // of a block
 constexpr int64_t kBlockRows = kRows * kGroups;
 
+// Vectors for the sums of `kRows` rows and `kTokens` tokens.
+constexpr int kSumVectors = (kRows * kTokens + kLanes - 1) / kLanes;
+
+// The sums of a block for all tokens: for each `kTokens` tokens, for each `kRows` rows, token by
+// token the sum of each row, in the lanes that `lane_of_sum` says.
+struct Sums {
+    static int64_t floats(int64_t tokens) {
+        return (tokens + kTokens - 1) / kTokens * kGroups * kSumVectors * kLanes;
+    }
+
+    static int64_t place(int64_t pass, int64_t group) {
+        return (pass * kGroups + group) * kSumVectors * kLanes;
+    }
+
+    // Those of one token, row by row.
+    static void of_token(const float* sums, int64_t token, int64_t rows, float* to) {
+        for (int64_t first = 0; first < rows; first += kRows) {
+            const int64_t count = std::min<int64_t>(kRows, rows - first);
+            const float* from = sums + place(token / kTokens, first / kRows);
+            for (int64_t row = 0; row < count; ++row) {
+                const int i = static_cast<int>(token % kTokens * count + row);
+                to[first + row] = from[i / kLanes * kLanes + lane_of_sum(i % kLanes)];
+            }
+        }
+    }
+};
+
 // A weight `[tiles][out][width]`; `width` inputs a tile, strides in elements.
 template <class T>
 struct Matrix {
@@ -83,7 +110,7 @@ private:
     }
 };
 
-// sums[token][row] += the products of a block, `rows` <= kBlockRows rows by `width` <= kInputs
+// sums += the products of a block, `rows` <= kBlockRows rows by `width` <= kInputs
 // inputs, with all tokens; fetches the block at `next` meanwhile.
 template <class T>
 void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride, int64_t rows,
@@ -100,7 +127,7 @@ void multiply(Team& team, const T* x, int64_t tokens, const Matrix<T>& weight, T
     const int64_t chunk = std::clamp<int64_t>(blocks / (team.threads() * 16), 1, 8);
     const int64_t chunks = (blocks + chunk - 1) / chunk;
     const int64_t size = Inputs<T>::floats(weight, tokens);
-    float* const inputs = workspace(size + tokens * kBlockRows);
+    float* const inputs = workspace(size + Sums::floats(tokens));
     float* const sums = inputs + size;
     bool is_laid_out = false;
     for (int64_t mine = team.take(), following; mine < chunks; mine = following) {
@@ -112,7 +139,7 @@ void multiply(Team& team, const T* x, int64_t tokens, const Matrix<T>& weight, T
             const int64_t rows = std::min(kBlockRows, end - first);
             int64_t next_row = first + kBlockRows;
             if (next_row >= end) next_row = following < chunks ? following * chunk * kBlockRows : first;
-            std::fill(sums, sums + tokens * kBlockRows, 0.0f);
+            std::fill(sums, sums + Sums::floats(tokens), 0.0f);
             const float* part = inputs;
             for (int64_t tile = 0; tile < weight.tiles; ++tile) {
                 const T* base = weight.data + tile * weight.tile_stride;
@@ -130,11 +157,13 @@ void multiply(Team& team, const T* x, int64_t tokens, const Matrix<T>& weight, T
                 }
             }
             for (int64_t token = 0; token < tokens; ++token) {
+                float of_token[kBlockRows];
+                Sums::of_token(sums, token, rows, of_token);
+                T* to = out + token * out_stride + first;
                 for (int64_t row = 0; row < rows; row += kLanes) {
                     const int count = static_cast<int>(rows - row);
-                    const Floats sum = load_first(sums + token * kBlockRows + row, count);
-                    store_first(out + token * out_stride + first + row,
-                                finish(sum, first + row, count), count);
+                    store_first(to + row, finish(load_first(of_token + row, count), first + row, count),
+                                count);
                 }
             }
         }

@@ -164,22 +164,24 @@ inline void fold(Floats* x, int count) {
     if constexpr (Step > 1) fold<Step / 2>(x, count / 2);
 }
 
-// to[i] += sum(x[i]) of `Count` vectors, each added up in the order of `sum`. Folding a vector's
-// halves onto each other fills half a register: two vectors are folded at once, then four, ...
+// The sums of at most kLanes vectors in one, each added up in the order of `sum`; that of x[i] is in
+// lane `lane_of_sum(i)`. Folding a vector's halves onto each other fills half a register: two
+// vectors are folded at once, then four, and so on.
 template <int Count>
-inline void add_sums(const Floats* x, float* to) {
-    for (int first = 0; first < Count; first += kLanes) {
-        Floats part[kLanes] = {};
-        for (int i = 0; i < kLanes && first + i < Count; ++i) part[i] = x[first + i];
-        fold<kLanes / 2>(part, kLanes);
-        for (int i = 0; i < kLanes && first + i < Count; ++i) {
-            int lane = 0;  // the bits of i in reverse: the first fold put odd vectors into high lanes
-            for (int bit = 1; bit < kLanes; bit *= 2) {
-                if (i & bit) lane += kLanes / 2 / bit;
-            }
-            to[first + i] += part[0][lane];
-        }
+inline Floats sums_of(const Floats* x) {
+    Floats part[kLanes] = {};
+    for (int i = 0; i < Count; ++i) part[i] = x[i];
+    fold<kLanes / 2>(part, kLanes);
+    return part[0];
+}
+
+// The bits of i in reverse: the first fold puts odd vectors into the upper half.
+constexpr int lane_of_sum(int i) {
+    int lane = 0;
+    for (int bit = 1; bit < kLanes; bit *= 2) {
+        if (i & bit) lane += kLanes / 2 / bit;
     }
+    return lane;
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -25,13 +25,23 @@ struct Pages {
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// scores[query][token] = query . key of `tokens` tokens of a page.
+// Fetches one token's part of the page that comes next: in a page, the part of a head is a short
+// piece of each token, which no processor foresees.
+template <class T>
+inline void fetch_vector(const T* at, int64_t dim) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(at + i, 0, 2);
+}
+
+// scores[query][token] = query . key of `tokens` tokens of a page; fetches the same of `next`,
+// unless that is null.
 template <class T, int Queries>
 inline void score_page(const float* query, const T* keys, const Pages& pages, int64_t tokens,
-                       float* scores, int64_t score_stride) {
+                       float* scores, int64_t score_stride, const T* next = nullptr) {
     const int64_t width = padded(pages.dim);
     for (int64_t token = 0; token < tokens; ++token) {
         const T* key = keys + token * pages.token_stride();
+        if (next) fetch_vector(next + token * pages.token_stride(), pages.dim);
         Floats total[Queries] = {};
         int64_t i = 0;
         for (; i + kLanes <= pages.dim; i += kLanes) {
@@ -67,11 +77,15 @@ inline void mix_parts(const float* scores, int64_t score_stride, const T* values
     }
 }
 
+// As `score_page`, for values.
 template <class T, int Queries>
 inline void mix_page(const float* scores, int64_t score_stride, const T* values,
-                     const Pages& pages, int64_t tokens, float* mixed) {
+                     const Pages& pages, int64_t tokens, float* mixed, const T* next = nullptr) {
     constexpr int kParts = 8 / Queries;
     const int64_t width = padded(pages.dim), stride = pages.token_stride();
+    for (int64_t token = 0; next && token < tokens; ++token) {
+        fetch_vector(next + token * stride, pages.dim);
+    }
     int64_t i = 0;
     for (; i + kParts * kLanes <= pages.dim; i += kParts * kLanes) {
         mix_parts<T, Queries, kParts>(scores, score_stride, values + i, stride, tokens, mixed + i,
@@ -136,23 +150,30 @@ void decode_heads(const T* query, const T* keys, const T* values, const int32_t*
         load_query(query + (first + h) * dim, dim, queries + h * width);
     }
     std::fill(mixed, mixed + count * width, 0.0f);
-    for (int64_t start = 0; start < length; start += pages.block_size) {
+    const int64_t blocks = (length + pages.block_size - 1) / pages.block_size;
+    const auto page_of = [&](const T* of, int64_t block) {
+        return of + table[block] * pages.block_stride() + first * dim;
+    };
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t start = block * pages.block_size;
         const int64_t tokens = std::min(pages.block_size, length - start);
-        const T* page = keys + table[start / pages.block_size] * pages.block_stride() + first * dim;
+        const T* page = page_of(keys, block);
+        const T* next = block + 1 < blocks ? page_of(keys, block + 1) : page_of(values, 0);
         for (int64_t h = 0; h < count; ++h) {
             score_page<T, 1>(queries + h * width, page + h * dim, pages, tokens,
-                             scores + h * stride + start, stride);
+                             scores + h * stride + start, stride, next + h * dim);
         }
     }
     float* totals = queries;  // the queries have done their work
     for (int64_t h = 0; h < count; ++h) totals[h] = exponentiate(scores + h * stride, length);
-    for (int64_t start = 0; start < length; start += pages.block_size) {
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t start = block * pages.block_size;
         const int64_t tokens = std::min(pages.block_size, length - start);
-        const T* page =
-            values + table[start / pages.block_size] * pages.block_stride() + first * dim;
+        const T* page = page_of(values, block);
+        const T* next = block + 1 < blocks ? page_of(values, block + 1) : nullptr;
         for (int64_t h = 0; h < count; ++h) {
             mix_page<T, 1>(scores + h * stride + start, stride, page + h * dim, pages, tokens,
-                           mixed + h * width);
+                           mixed + h * width, next ? next + h * dim : nullptr);
         }
     }
     for (int64_t h = 0; h < count; ++h) {

@@ -40,7 +40,7 @@ inline void add_products(const float* x, const T* weight, int64_t row_stride, in
     int64_t i = 0;
     for (; i + kStep <= width; i += kStep) {
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) __builtin_prefetch(fetch + r * ahead.row_bytes);
+        for (int r = 0; r < Rows; ++r) __builtin_prefetch(fetch + r * ahead.row_bytes, 0, 2);
         fetch += ahead.advance;
         add_part<T, 0, Rows, Tokens>(x, weight + i, row_stride, -1, total);
         if constexpr (kParts<T> == 2) {

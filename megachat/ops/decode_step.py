@@ -18,7 +18,7 @@ from megachat.errors import KernelError
 from megachat.ops import cpu_kernels
 from megachat.parallel.collectives import all_reduce_sum
 
-MOST_ROWS = 64
+MOST_ROWS = 128
 """Sequences of a step. With more of them, products are better left to a large GEMM."""
 
 

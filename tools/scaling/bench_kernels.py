@@ -36,8 +36,8 @@ from megachat.ops.tiled_linear import tiled_linear
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
 from megachat.parallel.layout import ParallelLayout
+from megachat.planner.decode_cost import SHARES, Limits, predict, work_of
 from megachat.telemetry.machine import CPU_INFO, processor_name
-from tools.scaling.decode_cost import SHARES, Limits, predict, work_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _READ_BYTES = 1 << 28
@@ -391,7 +391,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 def main(
     model: Annotated[str, typer.Option(help="Hub name of a published size.")] = "facebook/opt-125m",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    batch: Annotated[str, typer.Option(help="Sequences, with commas.")] = f"1,8,32,{MOST_ROWS}",
+    batch: Annotated[str, typer.Option(help="Sequences, with commas.")] = "1,8,32,64",
     context: Annotated[str, typer.Option(help="Tokens, with commas.")] = "16,160,1024",
     threads: Annotated[int, typer.Option(help="Of the CPU; 0 takes all cores.")] = 0,
     repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 5,

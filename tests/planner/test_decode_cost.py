@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megachat.model.config import OPT_MODELS
-from tools.scaling.decode_cost import SHARES, Limits, predict, work_of
+from megachat.planner.decode_cost import SHARES, Limits, predict, work_of
 
 CONFIG = OPT_MODELS["facebook/opt-350m"]
 LIMITS = Limits(read=2e10, multiply_add=2e11)

@@ -1,5 +1,5 @@
-// What follows a product on its result: bias and ReLU; bias, residual and LayerNorm.
-#include "vectors.h"
+// Bias and ReLU, and bias, residual and LayerNorm, each as a call of its own.
+#include "epilogues.h"
 
 namespace megachat {
 namespace {
@@ -11,36 +11,8 @@ void bias_relu(const T* x, const T* bias, T* out, int64_t tokens, int64_t width,
         for (int64_t i = 0; i < width; i += kLanes) {
             const int count = static_cast<int>(width - i);
             const Floats y = load_first(x + token * width + i, count) + load_first(bias + i, count);
-            // Written so that NaN stays NaN.
-            store_first(out + token * width + i, y < 0.0f ? Floats{} : y, count);
+            store_first(out + token * width + i, relu(y), count);
         }
-    }
-}
-
-template <class T>
-void norm_row(const T* row, const T* weight, const T* bias, int64_t width, float epsilon, T* out) {
-    Floats total = {};
-    for (int64_t i = 0; i < width; i += kLanes) {
-        total += load_first(row + i, static_cast<int>(width - i));
-    }
-    const float mean = sum(total) / static_cast<float>(width);
-    Floats squares = {};
-    int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-        const Floats distance = load(row + i) - mean;
-        squares += distance * distance;
-    }
-    float square = sum(squares);
-    for (; i < width; ++i) {
-        const float distance = load_first(row + i, 1)[0] - mean;
-        square += distance * distance;
-    }
-    const float scale = 1.0f / std::sqrt(square / static_cast<float>(width) + epsilon);
-    for (i = 0; i < width; i += kLanes) {
-        const int count = static_cast<int>(width - i);
-        const Floats normal = (load_first(row + i, count) - mean) * scale;
-        store_first(out + i, normal * load_first(weight + i, count) + load_first(bias + i, count),
-                    count);
     }
 }
 
@@ -51,14 +23,8 @@ void bias_residual_layer_norm(const T* x, const T* bias, const T* residual, cons
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; ++token) {
         const int64_t row = token * width;
-        for (int64_t i = 0; i < width; i += kLanes) {
-            const int count = static_cast<int>(width - i);
-            // Training rounds after the bias and after the residual: the same here.
-            const Floats biased =
-                rounded_to<T>(load_first(x + row + i, count) + load_first(bias + i, count));
-            store_first(total + row + i, load_first(residual + row + i, count) + biased, count);
-        }
-        norm_row(total + row, weight, norm_bias, width, epsilon, normed + row);
+        add_and_norm_row(x + row, bias, residual + row, weight, norm_bias, total + row,
+                         normed + row, width, epsilon);
     }
 }
 

@@ -1,128 +1,141 @@
-// Products of few tokens with a large weight, as a decode step has them: bound by reading weights.
-//
-// The weight stays as training and resharding store it, `[tiles][out][in / tiles]` with any strides
-// of tiles and rows: its rows are the streams that the memory delivers best, so nothing is packed.
-#include <algorithm>
-
-#include "vectors.h"
+// The arithmetic of a product of few tokens with a large weight, and the product as a call.
+#include "linear.h"
 
 namespace megachat {
 namespace {
 
-constexpr int kRows = 3;           // of the weight, read together
-constexpr int kTokens = 4;         // 12 sums, 3 weights and an input fill 16 vector registers
-constexpr int64_t kInputs = 1536;  // of a pass: the rows at hand stay in the first-level cache
-constexpr int kAhead = 512;        // bytes between what is read and what is fetched
-
-struct Product {
-    const float* x;  // [tokens][tiles * width]
-    int64_t tokens;
-    int64_t tiles;
-    int64_t out;
-    int64_t width;  // inputs of a tile
-    int64_t tile_stride;
-    int64_t row_stride;
+// What a pass over a block fetches meanwhile: `passes` of them share `kRows` rows of the next one.
+struct Ahead {
+    const char* at;
+    int64_t row_bytes;
+    int64_t advance;  // bytes for each part of a row
 };
 
-// Adds to sums[token][row] the products of `Rows` rows with `Tokens` tokens over `width` inputs.
+// total[token][row] += one part of `Rows` rows times that of `Tokens` tokens, x `[token][lanes]`.
+// At the end of the rows only `rest` elements of them are left.
+template <class T, int Part, int Rows, int Tokens>
+inline void add_part(const float* x, const T* weight, int64_t row_stride, int rest,
+                     Floats (&total)[Tokens * Rows]) {
+    Floats row[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+        const T* at = weight + r * row_stride;
+        row[r] = rest < 0 ? load_part<Part>(at) : load_first_part<Part>(at, rest);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < Tokens; ++t) {
+        const Floats input = load(x + (Part * Tokens + t) * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) multiply_add(total[t * Rows + r], row[r], input);
+    }
+}
+
+// sums += the products of `Rows` rows with `Tokens` tokens over `width` inputs.
 template <class T, int Rows, int Tokens>
-inline void add_products(const float* x, int64_t x_stride, const T* weight, int64_t row_stride,
-                         int64_t width, float* sums, bool fetch) {
-    Floats total[Rows][Tokens] = {};
+inline void add_products(const float* x, const T* weight, int64_t row_stride, int64_t width,
+                         const Ahead& ahead, float* sums) {
+    constexpr int64_t kStep = Inputs<T>::kStep;
+    Floats total[Tokens * Rows] = {};
+    const char* fetch = ahead.at;
     int64_t i = 0;
-    for (; i + kLanes <= width; i += kLanes) {
-        Floats row[Rows];
-        for (int r = 0; r < Rows; ++r) {
-            const T* at = weight + r * row_stride + i;
-            if (fetch) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
-            row[r] = load(at);
+    for (; i + kStep <= width; i += kStep) {
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) __builtin_prefetch(fetch + r * ahead.row_bytes, 0, 2);
+        fetch += ahead.advance;
+        add_part<T, 0, Rows, Tokens>(x, weight + i, row_stride, -1, total);
+        if constexpr (kParts<T> == 2) {
+            add_part<T, 1, Rows, Tokens>(x, weight + i, row_stride, -1, total);
         }
-        for (int t = 0; t < Tokens; ++t) {
-            const Floats input = load(x + t * x_stride + i);
-            for (int r = 0; r < Rows; ++r) total[r][t] += row[r] * input;
-        }
+        x += kParts<T> * Tokens * kLanes;
     }
     if (i < width) {
         const int rest = static_cast<int>(width - i);
-        for (int r = 0; r < Rows; ++r) {
-            const Floats row = load_first(weight + r * row_stride + i, rest);
-            for (int t = 0; t < Tokens; ++t) {
-                total[r][t] += row * load_first(x + t * x_stride + i, rest);
-            }
+        add_part<T, 0, Rows, Tokens>(x, weight + i, row_stride, rest, total);
+        if constexpr (kParts<T> == 2) {
+            add_part<T, 1, Rows, Tokens>(x, weight + i, row_stride, rest, total);
         }
     }
-    for (int r = 0; r < Rows; ++r) {
-        for (int t = 0; t < Tokens; ++t) sums[t * kRows + r] += sum(total[r][t]);
+    // Copies, so that the totals themselves are never looked at in memory.
+    Floats done[Tokens * Rows];
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens * Rows; ++t) done[t] = total[t];
+    constexpr int kFull = Tokens * Rows / kLanes, kRest = Tokens * Rows % kLanes;
+    for (int v = 0; v < kFull; ++v) {
+        float* to = sums + v * kLanes;
+        store(to, load(to) + sums_of<kLanes>(done + v * kLanes));
+    }
+    if constexpr (kRest > 0) {
+        float* to = sums + kFull * kLanes;
+        store(to, load(to) + sums_of<kRest>(done + kFull * kLanes));
     }
 }
 
 template <class T, int Rows>
-inline void add_tokens(const Product& product, const float* x, const T* weight, int64_t width,
-                       float* sums) {
-    const int64_t stride = product.tiles * product.width;
-    int64_t token = 0;
-    for (; token + kTokens <= product.tokens; token += kTokens) {
-        add_products<T, Rows, kTokens>(x + token * stride, stride, weight, product.row_stride,
-                                       width, sums + token * kRows, token == 0);
-    }
-    const float* rest = x + token * stride;
-    float* to = sums + token * kRows;
-    switch (product.tokens - token) {
-        case 3:
-            return add_products<T, Rows, 3>(rest, stride, weight, product.row_stride, width, to,
-                                            token == 0);
-        case 2:
-            return add_products<T, Rows, 2>(rest, stride, weight, product.row_stride, width, to,
-                                            token == 0);
+inline void add_tokens(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
+                       int64_t width, const Ahead& ahead, float* sums) {
+    switch (tokens) {
         case 1:
-            return add_products<T, Rows, 1>(rest, stride, weight, product.row_stride, width, to,
-                                            token == 0);
-    }
-}
-
-template <class T>
-void multiply(const Product& product, const T* weight, T* out, int threads) {
-    const int64_t groups = (product.out + kRows - 1) / kRows;
-#pragma omp parallel num_threads(threads)
-    {
-        float* sums = new float[product.tokens * kRows];
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; ++group) {
-            const int64_t first = group * kRows;
-            const int rows = static_cast<int>(std::min<int64_t>(kRows, product.out - first));
-            std::fill(sums, sums + product.tokens * kRows, 0.0f);
-            for (int64_t tile = 0; tile < product.tiles; ++tile) {
-                for (int64_t i = 0; i < product.width; i += kInputs) {
-                    const int64_t width = std::min(kInputs, product.width - i);
-                    const float* x = product.x + tile * product.width + i;
-                    const T* from =
-                        weight + tile * product.tile_stride + first * product.row_stride + i;
-                    if (rows == 3) add_tokens<T, 3>(product, x, from, width, sums);
-                    if (rows == 2) add_tokens<T, 2>(product, x, from, width, sums);
-                    if (rows == 1) add_tokens<T, 1>(product, x, from, width, sums);
-                }
-            }
-            for (int64_t token = 0; token < product.tokens; ++token) {
-                for (int row = 0; row < rows; ++row) {
-                    store_first(out + token * product.out + first + row,
-                                all(sums[token * kRows + row]), 1);
-                }
-            }
-        }
-        delete[] sums;
+            return add_products<T, Rows, 1>(x, weight, row_stride, width, ahead, sums);
+        case 2:
+            return add_products<T, Rows, 2>(x, weight, row_stride, width, ahead, sums);
+        case 3:
+            return add_products<T, Rows, 3>(x, weight, row_stride, width, ahead, sums);
+        default:
+            return add_products<T, Rows, kTokens>(x, weight, row_stride, width, ahead, sums);
     }
 }
 
 }  // namespace
+
+template <class T>
+void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
+                      int64_t rows, int64_t width, const T* next, float* sums) {
+    const int64_t passes = (tokens + kTokens - 1) / kTokens;
+    const int64_t part = Inputs<T>::padded(width) * kTokens;
+    const int64_t share = width * static_cast<int64_t>(sizeof(T)) / passes;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t token = pass * kTokens;
+        const int64_t count = std::min<int64_t>(kTokens, tokens - token);
+        for (int64_t first = 0; first < rows; first += kRows) {
+            const Ahead ahead{reinterpret_cast<const char*>(next + first * row_stride) +
+                                  pass * share,
+                              row_stride * static_cast<int64_t>(sizeof(T)),
+                              kLanes * static_cast<int64_t>(sizeof(float)) / passes};
+            const T* from = weight + first * row_stride;
+            float* to = sums + Sums::place(pass, first / kRows);
+            switch (rows - first) {
+                case 1:
+                    add_tokens<T, 1>(x + pass * part, count, from, row_stride, width, ahead, to);
+                    break;
+                case 2:
+                    add_tokens<T, 2>(x + pass * part, count, from, row_stride, width, ahead, to);
+                    break;
+                default:
+                    add_tokens<T, kRows>(x + pass * part, count, from, row_stride, width, ahead,
+                                         to);
+            }
+        }
+    }
+}
+
+template void add_block(const float*, int64_t, const float*, int64_t, int64_t, int64_t,
+                        const float*, float*);
+template void add_block(const float*, int64_t, const BFloat16*, int64_t, int64_t, int64_t,
+                        const BFloat16*, float*);
+
 }  // namespace megachat
 
-// out [tokens][out] = x [tokens][tiles * width] times the weight, summed in float32, rounded once.
+// out [tokens][rows] = x [tokens][tiles * width] times the weight, summed in float32, rounded once.
 #define MEGACHAT_LINEAR(NAME, TYPE)                                                              \
-    extern "C" void NAME(const float* x, const TYPE* weight, TYPE* out, int64_t tokens,          \
+    extern "C" void NAME(const TYPE* x, const TYPE* weight, TYPE* out, int64_t tokens,           \
                          int64_t tiles, int64_t rows, int64_t width, int64_t tile_stride,        \
                          int64_t row_stride, int threads) {                                      \
-        megachat::multiply<TYPE>({x, tokens, tiles, rows, width, tile_stride, row_stride},       \
-                                 weight, out, threads);                                          \
+        const megachat::Matrix<TYPE> matrix{weight, tiles,       rows,                           \
+                                            width,  tile_stride, row_stride};                    \
+        megachat::together(threads, [&](megachat::Team& team) {                                  \
+            megachat::multiply(team, x, tokens, matrix, out, rows,                               \
+                               [](megachat::Floats sums, int64_t, int) { return sums; });        \
+        });                                                                                      \
     }
 
 MEGACHAT_LINEAR(megachat_tiled_linear_float32, float)

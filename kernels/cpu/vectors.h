@@ -55,6 +55,58 @@ inline Floats load_first(const T* from, int count) {
     return load(padded);
 }
 
+// What a product reads of a weight at once: one vector of floats, or a vector's bytes of bfloat16,
+// which are two vectors: elements 0, 2, 4, ... and elements 1, 3, 5, ... An upper half is a float32
+// as soon as it stands in its place, so that each of the two costs one instruction.
+template <class T>
+constexpr int kParts = std::is_same_v<T, float> ? 1 : 2;
+
+template <int Part>
+inline Floats load_part(const float* from) {
+    return load(from);
+}
+
+template <int Part>
+inline Floats load_part(const BFloat16* from) {
+    Words pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return (Floats)(Part == 0 ? pairs << 16 : pairs & 0xffff0000u);
+}
+
+// As `load_part` of the first `count` elements and zeros behind them; reads no further.
+template <int Part, class T>
+inline Floats load_first_part(const T* from, int count) {
+    T padded[kLanes * kParts<T>] = {};
+    std::memcpy(padded, from, count * sizeof(T));
+    return load_part<Part>(padded);
+}
+
+// Whether a vector is a register of the target, and not split into several.
+#if defined(__AVX512F__)
+constexpr bool kIsRegister = kLanes == 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr bool kIsRegister = kLanes == 8;
+#else
+constexpr bool kIsRegister = false;
+#endif
+
+// total += a * b with the total in a register of its own. Where many totals are at work GCC would
+// let them change registers, and run out of them.
+inline void multiply_add(Floats& total, Floats a, Floats b) {
+#if defined(__AVX512F__)
+    if constexpr (kIsRegister) {
+        asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
+        return;
+    }
+#elif defined(__AVX2__) && defined(__FMA__)
+    if constexpr (kIsRegister) {
+        asm("vfmadd231ps %2, %1, %0" : "+x"(total) : "x"(a), "x"(b));
+        return;
+    }
+#endif
+    total += a * b;
+}
+
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
 // Rounds to the nearest, ties to even; NaN stays NaN.
@@ -94,6 +146,42 @@ inline float sum(Floats x) {
         x += __builtin_shuffle(x, partners(step, std::make_integer_sequence<int, kLanes>{}));
     }
     return x[0];
+}
+
+template <int Step, int... I>
+inline Floats fold_two(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    const Floats first = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + (I ^ Step) : I)...});
+    const Floats last = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + I : I ^ Step)...});
+    return first + last;
+}
+
+template <int Step>
+inline void fold(Floats* x, int count) {
+    for (int i = 0; i < count; i += 2) {
+        x[i / 2] =
+            fold_two<Step>(x[i], x[i + 1], std::make_integer_sequence<int, kLanes>{});
+    }
+    if constexpr (Step > 1) fold<Step / 2>(x, count / 2);
+}
+
+// The sums of at most kLanes vectors in one, each added up in the order of `sum`; that of x[i] is in
+// lane `lane_of_sum(i)`. Folding a vector's halves onto each other fills half a register: two
+// vectors are folded at once, then four, and so on.
+template <int Count>
+inline Floats sums_of(const Floats* x) {
+    Floats part[kLanes] = {};
+    for (int i = 0; i < Count; ++i) part[i] = x[i];
+    fold<kLanes / 2>(part, kLanes);
+    return part[0];
+}
+
+// The bits of i in reverse: the first fold puts odd vectors into the upper half.
+constexpr int lane_of_sum(int i) {
+    int lane = 0;
+    for (int bit = 1; bit < kLanes; bit *= 2) {
+        if (i & bit) lane += kLanes / 2 / bit;
+    }
+    return lane;
 }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -228,6 +228,7 @@ class Generator:
                     size=weights.local_vocab,
                     group=weights.groups.tensor,
                 ),
+                backend=self._settings.backend,
             ),
             prefill_tokens=self._settings.prefill_tokens,
             stop_ids=self._stop_ids,

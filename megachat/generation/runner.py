@@ -4,6 +4,8 @@ A step holds the newest token of every running sequence and chunks of prompts, o
 other without padding. The weights are those of training, as views; keys and values live in pages.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
 from megachat.ops import cpu_kernels
+from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
@@ -66,6 +69,10 @@ class ModelRunner:
         if recorder is not None:
             columns = cache.tables.shape[1]
             self._graphs = DecodeGraphs(self._forward, recorder=recorder, columns=columns)
+        self._decode_step = None
+        if backend is Backend.CPU:
+            model = decode_model(weights, cache)
+            self._decode_step = CpuDecodeStep(model, most_rows=cache.max_sequences)
 
     @torch.no_grad()
     def forward(self, step: PackedStep) -> Tensor:
@@ -73,11 +80,23 @@ class ModelRunner:
 
         Returns:
             `[outputs, padded_vocab/tp]` logits of this rank's slice of the vocabulary; padding
-            columns hold the dtype's lowest number. Good until the next call.
+            columns hold the dtype's lowest number. They may be overwritten by the next step.
         """
-        if self._graphs is not None and step.prefill is None:
+        rows = step.decode
+        if rows is None or step.prefill is not None:
+            return self._forward(step)
+        if self._graphs is not None:
             return self._graphs.logits(step)
-        return self._forward(step)
+        fused = self._decode_step
+        if fused is None or step.outputs is not None or len(step.tokens) > fused.most_rows:
+            return self._forward(step)
+        return fused.run(
+            step.tokens,
+            positions=step.positions,
+            slots=step.slots,
+            tables=rows.tables,
+            lengths=rows.lengths,
+        )
 
     def _forward(self, step: PackedStep) -> Tensor:
         """Computes a step, operation by operation."""
@@ -101,7 +120,7 @@ class ModelRunner:
         hidden = F.embedding(local.masked_fill(outside, 0), weights.words)
         hidden = all_reduce_sum(hidden.masked_fill(outside[:, None], 0.0), self._group)
         if weights.project_in is not None:
-            hidden = F.linear(hidden, weights.project_in)
+            hidden = self._linear(hidden, weights.project_in)
         return hidden + F.embedding(positions + POSITION_OFFSET, weights.positions)
 
     def _layer(
@@ -192,3 +211,27 @@ class ModelRunner:
         logits = self._linear(hidden, weights.words)
         logits[:, weights.local_vocab :].fill_(torch.finfo(logits.dtype).min)
         return logits
+
+
+def decode_model(weights: GenerationWeights, cache: PagedKvCache) -> DecodeModel:
+    """Weights and cache as `CpuDecodeStep` takes them."""
+    layers = []
+    for number, layer in enumerate(weights.layers):
+        keys, values = cache.layer(number)
+        tensors = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        layers.append(DecodeLayer(**tensors, keys=keys, values=values))
+    return DecodeModel(
+        layers=tuple(layers),
+        words=weights.words,
+        positions=weights.positions,
+        position_offset=POSITION_OFFSET,
+        project_in=weights.project_in,
+        project_out=weights.project_out,
+        final_norm_weight=weights.final_norm_weight,
+        final_norm_bias=weights.final_norm_bias,
+        norm_first=weights.config.layer_norm_first,
+        epsilon=_EPSILON,
+        vocab_start=weights.vocab_start,
+        local_vocab=weights.local_vocab,
+        group=weights.groups.tensor,
+    )

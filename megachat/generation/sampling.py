@@ -1,11 +1,9 @@
 """The one place that turns logits into tokens: `SamplingConfig` and `Sampler`.
 
 The vocabulary may be cut over a tensor group; ranks exchange a few numbers a row, never logits.
-A token is drawn by two Gumbel-max races (the largest of `log p + noise` is a draw from p): first
-among groups of `GROUP_TOKENS` neighbouring tokens by their total mass, then among the tokens of the
-winning group. That is exact, and takes `vocab / 128 + 128` random numbers instead of `vocab`.
-Noise is named by the request's key, the position and the group or token, so a response depends
-neither on which other requests are in the batch nor on the parallel layout.
+Tokens are drawn by `megachat.ops.sample`, with noise that is named by the request's key, the
+position and the token, so a response depends neither on which other requests are in the batch nor
+on the parallel layout.
 """
 
 from collections.abc import Sequence
@@ -20,15 +18,11 @@ from torch.nn import functional as F
 
 from megachat.config import ConfigModel
 from megachat.errors import ConfigError
-from megachat.model.config import VOCAB_MULTIPLE
-from megachat.ops.philox import uniforms
+from megachat.ops.registry import Backend
+from megachat.ops.sample import GROUP_TOKENS, Drawn, DrawRules, choose, forbid, sample, scale
 from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
 from megachat.parallel.rng import seed_for
 
-GROUP_TOKENS = VOCAB_MULTIPLE
-"""Tokens of a group. Every rank's slice of the vocabulary is a whole number of groups."""
-
-_GROUP_STREAM, _TOKEN_STREAM = 0, 1
 _DIGIT_BITS = 8
 """Width of a digit in the search for the edge of a nucleus."""
 
@@ -127,6 +121,7 @@ class Sampler:
         stop_ids: Sequence[int],
         suppressed_ids: Sequence[int],
         vocabulary: VocabularySlice | None = None,
+        backend: Backend = Backend.REFERENCE,
     ) -> None:
         """Fixes the rules.
 
@@ -135,11 +130,15 @@ class Sampler:
             stop_ids: Tokens that end a response.
             suppressed_ids: Tokens that are never chosen (padding and other control symbols).
             vocabulary: This rank's slice; None means that rows hold the whole vocabulary.
+            backend: Who chooses where neither penalty nor truncation is asked for.
 
         Raises:
+            KernelError: The backend cannot choose.
             ConfigError: The slice does not start at a group of tokens.
         """
         self._config = config
+        self._sample = sample.on(backend)
+        self._is_plain = not config.top_k and config.top_p == 1.0 and not self.needs_history
         self._start = vocabulary.start if vocabulary is not None else 0
         # A slice that is all padding keeps one column, which has no mass.
         self._size = max(1, vocabulary.size) if vocabulary is not None else None
@@ -171,17 +170,34 @@ class Sampler:
         Raises:
             ConfigError: There is a repetition penalty and no history.
         """
-        config = self._config
-        logits = logits[:, : self._size].float()
-        scaled = logits / config.temperature if config.temperature else logits
-        total = scaled.logsumexp(dim=1)
-        choice = self._forbid(self._penalize(scaled, history), positions)
-        if config.temperature == 0:
-            scores, tokens = choice.max(dim=1)
-        else:
-            scores, tokens = self._race(self._truncate(choice), keys, positions)
-        chosen = scaled.gather(1, tokens[:, None]).squeeze(1)
-        return self._combine(scores, tokens + self._start, chosen, total)
+        logits = logits[:, : self._size]
+        rules = self._rules(logits)
+        if self._is_plain:
+            return self._combine(self._sample(logits, keys, positions, rules))
+        scaled = scale(logits, rules.temperature)
+        choice = forbid(self._penalize(scaled, history), positions, rules)
+        if rules.temperature:
+            choice = self._truncate(choice)
+        drawn = choose(choice, scaled, keys=keys, positions=positions, rules=rules)
+        return self._combine(drawn)
+
+    def _rules(self, logits: Tensor) -> DrawRules:
+        """Columns of the ids in this rank's slice."""
+        suppressed, stops = (
+            torch.tensor(
+                [id - self._start for id in ids if 0 <= id - self._start < logits.shape[1]],
+                dtype=torch.int64,
+                device=logits.device,
+            )
+            for ids in (self._suppressed_ids, self._stop_ids)
+        )
+        return DrawRules(
+            temperature=self._config.temperature,
+            suppressed=suppressed,
+            stops=stops,
+            min_new_tokens=self._config.min_new_tokens,
+            first_group=self._start // GROUP_TOKENS,
+        )
 
     def _penalize(self, scaled: Tensor, history: History | None) -> Tensor:
         """A copy of the logits in which tokens that were said are less likely."""
@@ -200,21 +216,6 @@ class Sampler:
         said.scatter_(1, local.masked_fill(outside, scaled.shape[1]), True)
         penalized = torch.where(scaled > 0, scaled / penalty, scaled * penalty)
         return torch.where(said[:, :-1], penalized, scaled)
-
-    def _forbid(self, choice: Tensor, positions: Tensor) -> Tensor:
-        """Makes suppressed tokens, and stop tokens that come too early, impossible; in place."""
-        suppressed = self._columns(self._suppressed_ids, choice)
-        choice[:, suppressed] = -torch.inf
-        if self._config.min_new_tokens > 1:
-            stops = self._columns(self._stop_ids, choice)
-            early = positions[:, None] + 1 < self._config.min_new_tokens
-            choice[:, stops] = choice[:, stops].masked_fill(early, -torch.inf)
-        return choice
-
-    def _columns(self, ids: Sequence[int], choice: Tensor) -> list[int]:
-        """Columns of ids in this rank's slice."""
-        columns = (token - self._start for token in ids)
-        return [column for column in columns if 0 <= column < choice.shape[1]]
 
     def _truncate(self, choice: Tensor) -> Tensor:
         """Applies top-k, then top-p; what is cut becomes minus infinity.
@@ -282,43 +283,16 @@ class Sampler:
             return values
         return all_gather_last_dim(values, self._group).amax(dim=1, keepdim=True)
 
-    def _race(self, choice: Tensor, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The winning column of each row in this rank's slice, and its group's score."""
-        rows, columns = choice.shape
-        num_groups = -(-columns // GROUP_TOKENS)
-        choice = F.pad(choice, (0, num_groups * GROUP_TOKENS - columns), value=-torch.inf)
-        grouped = choice.view(rows, num_groups, GROUP_TOKENS)
-        first_group = self._start // GROUP_TOKENS
-        scores = grouped.logsumexp(dim=2).double() + _gumbel(
-            keys, positions, stream=_GROUP_STREAM, first=first_group, count=num_groups
-        )
-        best, group = scores.max(dim=1)
-        tokens = grouped[torch.arange(rows, device=choice.device), group].double()
-        # Every group of a row has noise of its own, or neighbouring groups would be alike.
-        noise = _gumbel(
-            keys, positions, stream=_TOKEN_STREAM + first_group + group, first=0, count=GROUP_TOKENS
-        )
-        return best, group * GROUP_TOKENS + (tokens + noise).argmax(dim=1)
-
-    def _combine(
-        self, scores: Tensor, tokens: Tensor, chosen: Tensor, total: Tensor
-    ) -> SampledTokens:
+    def _combine(self, drawn: Drawn) -> SampledTokens:
         """The winner over all ranks, from one exchange of four numbers a row."""
+        tokens, chosen, total = drawn.columns + self._start, drawn.chosen, drawn.totals
         if self._group is not None and self._group.size() > 1:
-            mine = torch.stack([scores.double(), tokens.double(), chosen.double(), total.double()])
+            mine = torch.stack([drawn.scores, tokens.double(), chosen.double(), total.double()])
             ranks = all_gather_rows(mine[None], self._group)
             winner = ranks[:, 0].argmax(dim=0, keepdim=True)  # the lowest rank of equal ones
             tokens, chosen = (ranks[:, i].gather(0, winner).squeeze(0) for i in (1, 2))
             total = ranks[:, 3].logsumexp(dim=0)
         return SampledTokens(tokens=tokens.long(), logprobs=(chosen - total).float())
-
-
-def _gumbel(
-    keys: Tensor, positions: Tensor, *, stream: int | Tensor, first: int, count: int
-) -> Tensor:
-    """`[rows, count]` float64 standard Gumbel noise; see `uniforms` for the arguments."""
-    numbers = uniforms(keys, positions=positions, stream=stream, first=first, count=count)
-    return numbers.log_().neg_().log_().neg_()
 
 
 def _order_preserving(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def kv_append(qkv: Tensor, bias: Tensor, keys: Tensor, values: Tensor, slots: Te
     """Adds the bias, stores keys and values, returns the queries."""
     heads, head_dim = keys.shape[2:]
     tokens = len(qkv)
-    _check("kv_append", (qkv, bias, keys, values), indices=(slots,))
+    check_tensors("kv_append", (qkv, bias, keys, values), indices=(slots,))
     query = qkv.new_empty(tokens, heads, head_dim)
     _call("kv_append", (qkv, bias, keys, values, slots, query), (tokens, heads, head_dim))
     return query
@@ -40,7 +40,9 @@ def paged_attention_decode(
     query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor
 ) -> Tensor:
     """Attention of one new token of each sequence to all its tokens."""
-    _check("paged_attention_decode", (query, keys, values), indices=(lengths,), tables=tables)
+    check_tensors(
+        "paged_attention_decode", (query, keys, values), indices=(lengths,), tables=tables
+    )
     out = torch.empty_like(query)
     _call(
         "paged_attention_decode",
@@ -55,7 +57,7 @@ def paged_attention_prefill(
 ) -> Tensor:
     """Causal attention of a chunk of each sequence to the chunk and all that precedes it."""
     indices = (starts, offsets)
-    _check("paged_attention_prefill", (query, keys, values), indices=indices, tables=tables)
+    check_tensors("paged_attention_prefill", (query, keys, values), indices=indices, tables=tables)
     out = torch.empty_like(query)
     _call(
         "paged_attention_prefill",
@@ -74,13 +76,13 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
             f"tiled_linear cannot read a weight with strides {weight.stride()}: its rows must be "
             "contiguous"
         )
-    _check("tiled_linear", (x,))
+    check_tensors("tiled_linear", (x,))
     if weight.dtype != x.dtype:
         raise KernelError(f"tiled_linear got {x.dtype} inputs and a {weight.dtype} weight")
     out = x.new_empty(tokens, out_features)
     _call(
         "tiled_linear",
-        (x.float(), weight, out),
+        (x, weight, out),
         (tokens, tiles, out_features, width, weight.stride(0), weight.stride(1)),
         dtype=x.dtype,
     )
@@ -89,7 +91,7 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
     """`max(x + bias, 0)`, in the memory of `x`."""
-    _check("bias_relu", (x, bias))
+    check_tensors("bias_relu", (x, bias))
     _call("bias_relu", (x, bias, x), tuple(x.shape))
     return x
 
@@ -99,13 +101,69 @@ def bias_residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds bias and residual, and normalises the sum."""
     inputs = (x, bias, residual, weight, norm_bias)
-    _check("bias_residual_layer_norm", inputs)
+    check_tensors("bias_residual_layer_norm", inputs)
     total, normed = torch.empty_like(x), torch.empty_like(x)
     _call("bias_residual_layer_norm", (*inputs, total, normed), (*x.shape, epsilon))
     return total, normed
 
 
-def _check(
+def sample(
+    logits: Tensor,
+    indices: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    min_new_tokens: int,
+    first_group: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chooses a column of each row of logits, of any stride between rows.
+
+    Args:
+        logits: `[rows, columns]`.
+        indices: Keys and positions of the rows, suppressed columns and stop columns.
+        min_new_tokens: As the operation.
+        first_group: As the operation.
+        temperature: As the operation.
+
+    Returns:
+        Columns, scores, chosen logits and totals.
+    """
+    if logits.stride(1) != 1 or logits.device.type != "cpu":
+        raise KernelError(
+            f"sample needs logits on the CPU with contiguous rows, got {logits.device} with "
+            f"strides {logits.stride()}"
+        )
+    check_tensors("sample", (logits[:1],), indices=indices)
+    rows, columns = logits.shape
+    results = (
+        torch.empty(rows, dtype=torch.int64),
+        torch.empty(rows, dtype=torch.float64),
+        torch.empty(rows, dtype=torch.float32),
+        torch.empty(rows, dtype=torch.float32),
+    )
+    counts = (len(indices[2]), len(indices[3]))
+    _call(
+        "sample",
+        (logits, *indices, *results),
+        (logits.stride(0), rows, columns, *counts, min_new_tokens, first_group, temperature),
+    )
+    return results
+
+
+def decode_step(
+    model: ctypes.Structure, step: ctypes.Structure, *, segments: range, dtype: torch.dtype
+) -> None:
+    """Some consecutive segments of a decode step; see `megachat.ops.decode_step`."""
+    kernel = getattr(load_library(), f"megachat_decode_step_{_SUFFIX[dtype]}")
+    kernel(
+        ctypes.byref(model),
+        ctypes.byref(step),
+        ctypes.c_int64(segments.start),
+        ctypes.c_int64(segments.stop),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+
+
+def check_tensors(
     name: str,
     tensors: Sequence[Tensor],
     *,

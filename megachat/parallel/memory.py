@@ -89,9 +89,7 @@ class AddressStableBuffer:
     machine has is fine, which is what dry runs of large models do.
     """
 
-    def __init__(
-        self, num_bytes: int, device: torch.device, *, large_pages: bool = False
-    ) -> None:
+    def __init__(self, num_bytes: int, device: torch.device, *, large_pages: bool = False) -> None:
         """Reserves addresses; takes no memory.
 
         Args:

@@ -2,7 +2,8 @@
 
 For every pair of layouts, over ragged prompts, responses that end early, equal prompts that share
 their blocks, two samples of each prompt, and a cache so small that sequences are preempted and
-computed again. In fp32 the tokens themselves are those of one rank with room for everything.
+computed again. In fp32 the tokens themselves are those of one rank with room for everything; the
+CPU kernels answer with the tokens of plain torch.
 """
 
 import math
@@ -19,6 +20,7 @@ from megachat.generation.session import SessionStatistics
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
@@ -85,7 +87,12 @@ def _prompts(replicas: int) -> PromptBatch:
 
 
 def _build(
-    config: OptConfig, pair: tuple[ParallelLayout, int], dtype: torch.dtype, *, num_blocks: int
+    config: OptConfig,
+    pair: tuple[ParallelLayout, int],
+    dtype: torch.dtype,
+    *,
+    num_blocks: int,
+    backend: Backend = Backend.REFERENCE,
 ) -> HybridEngine:
     layout, degree = pair
     model = OptModel(
@@ -103,7 +110,10 @@ def _build(
         total_steps=1,
         seed=0,
         generation=GenerationConfig(
-            kv_cache_gb=(num_blocks + 0.5) * size / 1e9, block_size=BLOCK_SIZE, max_sequences=32
+            kv_cache_gb=(num_blocks + 0.5) * size / 1e9,
+            block_size=BLOCK_SIZE,
+            max_sequences=32,
+            backend=backend,
         ),
     )
     return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
@@ -138,10 +148,10 @@ def _cases(world_size: int) -> list[tuple[int, tuple[ParallelLayout, int], torch
     ]
 
 
-def _outcomes(world_size: int) -> list[Outcome]:
+def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:
     """All cases, with little memory."""
     return [
-        _outcome(_build(CONFIGS[number], pair, dtype, num_blocks=SMALL), pair)
+        _outcome(_build(CONFIGS[number], pair, dtype, num_blocks=SMALL, backend=backend), pair)
         for number, pair, dtype in _cases(world_size)
     ]
 
@@ -181,11 +191,14 @@ def _bf16_deviation(config: OptConfig, largest_logit: float) -> float:
     return 2 * largest_logit * BF16_ROUNDING / math.sqrt(3) * math.sqrt(roundings)
 
 
-@pytest.mark.parametrize("world_size", PAIRS)
+@pytest.mark.parametrize(
+    ("world_size", "backend"),
+    [*((size, Backend.REFERENCE) for size in PAIRS), (2, Backend.CPU), (4, Backend.CPU)],
+)
 def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
-    world_size: int, single: list[Outcome]
+    world_size: int, backend: Backend, single: list[Outcome]
 ) -> None:
-    ranks = run_ranks(world_size, _outcomes, world_size)
+    ranks = run_ranks(world_size, _outcomes, world_size, backend)
     for (number, pair, dtype), *outcomes in zip(_cases(world_size), *ranks, strict=True):
         reference, title = single[number], (CONFIGS[number].layer_norm_first, dtype, pair)
         deviation = _bf16_deviation(CONFIGS[number], reference.largest_logit)

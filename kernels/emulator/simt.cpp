@@ -59,10 +59,17 @@ std::vector<size_t> sequence_of(const Launch& launch) {
   return sequence;
 }
 
+// Blocks of one launch that are resident together.
+struct Batch {
+  Launch* launch;
+  std::vector<size_t> blocks;
+};
+
 class Machine final : public Scheduler {
  public:
-  // Makes these blocks resident and runs them to their end; false if that was a failure.
-  bool run(const std::vector<std::pair<Launch*, size_t>>& blocks);
+  // Runs each queue's batches one after another and the queues, each a device, at once, at a pace
+  // of their own; false if that was a failure.
+  bool run(std::vector<std::deque<Batch>> queues);
 
   void suspend() override { running_->fiber.suspend(/*finished=*/false); }
   void interleave() override {
@@ -76,21 +83,29 @@ class Machine final : public Scheduler {
   Thread& running() { return *running_; }
 
  private:
-  struct Resident {
+  struct Entry {
+    Thread* thread;
     Launch* launch;
-    std::unique_ptr<Block> block;
+    size_t queue;
+  };
+  // What runs of one queue.
+  struct Device {
+    std::vector<std::unique_ptr<Block>> blocks;
+    size_t threads = 0;
+    size_t left = 0;  // threads that have not finished
   };
 
   std::unique_ptr<StackArena> stacks();
-  Thread* next_thread();
+  void admit(size_t queue, const Batch& batch);
+  void retire(size_t queue);
+  bool next_thread();
   void report_stuck(const char* what);
 
-  std::vector<Resident> resident_;
-  std::vector<Thread*> threads_;    // of all of them
-  std::vector<Launch*> launch_of_;  // of each thread
+  std::vector<Entry> entries_;  // all threads of all devices
+  std::vector<Device> devices_;
 #ifdef SIMT_TSAN
   // Kept until all is over: addresses used again would look like races between blocks.
-  std::vector<Resident> past_;
+  std::vector<std::unique_ptr<Block>> past_;
   std::vector<std::unique_ptr<StackArena>> past_stacks_;
 #endif
   std::vector<std::unique_ptr<StackArena>> spare_stacks_;
@@ -98,6 +113,7 @@ class Machine final : public Scheduler {
   Launch* running_launch_ = nullptr;
   size_t cursor_ = 0;
   size_t idle_polls_ = 0;
+  size_t favourite_ = 0;  // in a random order, the device whose turn it is
   bool failed_ = false;
 };
 
@@ -125,62 +141,100 @@ std::unique_ptr<StackArena> Machine::stacks() {
   return stacks;
 }
 
-bool Machine::run(const std::vector<std::pair<Launch*, size_t>>& blocks) {
-  for (const auto& [launch, index] : blocks) {
-    auto block = std::make_unique<Block>(launch->shape, index, stacks(), fiber_entry, *this);
-    const size_t count = block->threads().size();
-    for (size_t i = 0; i < count; ++i) {
-      threads_.push_back(&block->threads()[order == simt_reverse ? count - 1 - i : i]);
-      launch_of_.push_back(launch);
-    }
-    resident_.push_back({launch, std::move(block)});
-  }
-  size_t left = threads_.size();
+bool Machine::run(std::vector<std::deque<Batch>> queues) {
+  devices_ = std::vector<Device>(queues.size());
   cursor_ = idle_polls_ = 0;
-  while (left > 0 && !failed_) {
-    Thread* const thread = next_thread();
-    if (thread == nullptr) {
+  favourite_ = generator() % queues.size();
+  const auto admit_next = [&](size_t queue) {
+    if (queues[queue].empty()) return;
+    admit(queue, queues[queue].front());
+    queues[queue].pop_front();
+  };
+  for (size_t queue = 0; queue < queues.size(); ++queue) admit_next(queue);
+  while (!entries_.empty() && !failed_) {
+    if (!next_thread()) {
       report_stuck("deadlock");
       break;
     }
-    running_ = thread;
-    running_launch_ = launch_of_[cursor_];
-    indices = thread->indices;
-    thread->fiber.resume();
-    if (thread->state == State::kFinished) --left;
-    if (thread->polls) {
+    const Entry entry = entries_[cursor_];
+    running_ = entry.thread;
+    running_launch_ = entry.launch;
+    indices = entry.thread->indices;
+    entry.thread->fiber.resume();
+    if (entry.thread->polls) {
       // The next one's turn, or a fixed order would come back to this one for ever.
-      if (++cursor_ == threads_.size()) cursor_ = 0;
-      if (idle_polls_ > kPatience * threads_.size()) report_stuck("no progress");
+      if (++cursor_ == entries_.size()) cursor_ = 0;
+      if (idle_polls_ > kPatience * entries_.size()) report_stuck("no progress");
+    }
+    if (entry.thread->state == State::kFinished && --devices_[entry.queue].left == 0) {
+      retire(entry.queue);
+      admit_next(entry.queue);
     }
   }
-  threads_.clear();
-  launch_of_.clear();
-  for (Resident& resident : resident_) {
-    auto stacks = resident.block->retire();
+  for (size_t queue = 0; queue < queues.size(); ++queue) retire(queue);
+  return !failed_;
+}
+
+void Machine::admit(size_t queue, const Batch& batch) {
+  Device& device = devices_[queue];
+  for (const size_t index : batch.blocks) {
+    auto block = std::make_unique<Block>(batch.launch->shape, index, stacks(), fiber_entry, *this);
+    const size_t count = block->threads().size();
+    for (size_t i = 0; i < count; ++i) {
+      Thread& thread = block->threads()[order == simt_reverse ? count - 1 - i : i];
+      entries_.push_back({&thread, batch.launch, queue});
+    }
+    device.threads += count;
+    device.blocks.push_back(std::move(block));
+  }
+  device.left = device.threads;
+}
+
+void Machine::retire(size_t queue) {
+  Device& device = devices_[queue];
+  size_t kept = 0, cursor = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i == cursor_) cursor = kept;
+    if (entries_[i].queue != queue) entries_[kept++] = entries_[i];
+  }
+  entries_.resize(kept);
+  cursor_ = cursor < kept ? cursor : 0;
+  for (auto& block : device.blocks) {
+    auto stacks = block->retire();
 #ifdef SIMT_TSAN
-    past_.push_back(std::move(resident));
+    past_.push_back(std::move(block));
     past_stacks_.push_back(std::move(stacks));
 #else
     spare_stacks_.push_back(std::move(stacks));
 #endif
   }
-  resident_.clear();
-  return !failed_;
+  device = Device();
 }
 
-// The next thread that can run: cyclic in the order of `threads_`, or any; null at a deadlock.
-Thread* Machine::next_thread() {
-  const size_t count = threads_.size();
-  if (order == simt_random) cursor_ = generator() % count;
+// Moves the cursor to the next thread that can run; false at a deadlock. Cyclic in a fixed order.
+// In a random one devices drift apart: one of them has its turn, for as long as its threads need to
+// be resumed some times each, and the others go on only where it waits.
+bool Machine::next_thread() {
+  const size_t count = entries_.size();
+  if (order == simt_random) {
+    if (devices_.size() > 1 && generator() % (4 * devices_[favourite_].threads + 1) == 0) {
+      favourite_ = generator() % devices_.size();
+    }
+    cursor_ = generator() % count;
+  }
+  size_t found = count;
   for (size_t i = 0; i < count; ++i) {
     const size_t at = (cursor_ + i) % count;
-    if (threads_[at]->state == State::kReady) {
+    if (entries_[at].thread->state != State::kReady) continue;
+    if (order != simt_random || entries_[at].queue == favourite_) {
       cursor_ = at;
-      return threads_[at];
+      return true;
     }
+    if (found == count) found = at;
   }
-  return nullptr;
+  if (found == count) return false;
+  cursor_ = found;
+  return true;
 }
 
 void Machine::thread_main() {
@@ -209,7 +263,8 @@ void Machine::report_stuck(const char* what) {
     const Thread* first = nullptr;
   } groups[] = {{"wait in __syncthreads"}, {"wait in a warp collective"}, {"poll a flag"}};
   size_t returned = 0;
-  for (const Thread* thread : threads_) {
+  for (const Entry& entry : entries_) {
+    const Thread* const thread = entry.thread;
     if (thread->state == State::kFinished) ++returned;
     Group* const group = thread->state == State::kAtBarrier      ? &groups[0]
                          : thread->state == State::kInCollective ? &groups[1]
@@ -236,11 +291,11 @@ std::map<void*, std::deque<std::unique_ptr<Launch>>> streams;
 
 // Alone on the device, its blocks one after another: none may wait for another.
 void run_alone(Launch& launch) {
+  std::deque<Batch> queue;
+  for (const size_t index : sequence_of(launch)) queue.push_back({&launch, {index}});
   Machine own;
   machine = &own;
-  for (const size_t index : sequence_of(launch)) {
-    if (!own.run({{&launch, index}})) break;
-  }
+  own.run({std::move(queue)});
   machine = nullptr;
   acquire_edge(&launch.end_token);
 }
@@ -376,16 +431,12 @@ int simt_synchronize() {
   using namespace simt;
   Machine own;
   machine = &own;
-  for (size_t round = 0;; ++round) {
-    std::vector<std::pair<Launch*, size_t>> blocks;
-    for (auto& [stream, queue] : streams) {
-      if (round >= queue.size()) continue;
-      for (const size_t index : sequence_of(*queue[round])) {
-        blocks.emplace_back(queue[round].get(), index);
-      }
-    }
-    if (blocks.empty() || !own.run(blocks)) break;
+  std::vector<std::deque<Batch>> queues;
+  for (auto& [stream, queue] : streams) {
+    queues.emplace_back();
+    for (auto& launch : queue) queues.back().push_back({launch.get(), sequence_of(*launch)});
   }
+  own.run(std::move(queues));
   machine = nullptr;
   for (auto& [stream, queue] : streams) {
     for (auto& launch : queue) acquire_edge(&launch->end_token);

@@ -7,7 +7,7 @@
 //
 // A launch has finished when its launcher returns, and its blocks ran one after another. Between
 // `simt_defer` and `simt_synchronize`, launches queue up on their streams instead; then the streams
-// run at once, each as a device of its own, with all blocks resident.
+// run at once, each as a device of its own, with all blocks of its current launch resident.
 #pragma once
 
 #include <algorithm>
@@ -243,7 +243,7 @@ __attribute__((visibility("default"))) void simt_set_order(int order, unsigned s
 // What ended the last launch that failed, one line; "" if none has since `simt_set_order`.
 __attribute__((visibility("default"))) const char* simt_error();
 // From now on launches wait for `simt_synchronize`, which runs those of different streams at once:
-// the first of each stream with all its blocks, then the second of each, and so on.
+// each stream's one after another, with all its blocks, and no stream waits for another.
 __attribute__((visibility("default"))) void simt_defer();
 // Returns a cudaError_t, that of the whole.
 __attribute__((visibility("default"))) int simt_synchronize();

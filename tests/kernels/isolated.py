@@ -26,7 +26,7 @@ def _run(request: dict) -> dict:
         "buffer": lambda index: ctypes.c_void_p(buffers[index]),
         "buffers": lambda indices: (ctypes.c_void_p * len(indices))(*[buffers[i] for i in indices]),
         "null": lambda _: ctypes.c_void_p(None),
-        "int": ctypes.c_int,
+        "int": ctypes.c_int64,
         "float": ctypes.c_float,
     }
     launcher, together = getattr(library, request["function"]), len(request["devices"]) > 1

@@ -177,7 +177,8 @@ def _as_c(argument: Argument) -> object:
         return (ctypes.c_void_p * len(argument))(*[tensor.data_ptr() for tensor in argument])
     if argument is None:
         return ctypes.c_void_p(None)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
+    # Also where the launcher takes an int: on x86-64 that is the lower half of the same place.
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def _described(argument: Argument, numbers: dict[int, int]) -> tuple[str, object]:

@@ -1,21 +1,17 @@
-// Runs thread blocks on fibers. Never instrumented itself, also where the kernels are: a sanitizer
-// sees the kernels' accesses and, through fiber.h, what orders them.
+// Runs launches: which blocks are resident, whose turn it is, and what ended it all. Never
+// instrumented itself, also where the kernels are: a sanitizer sees the kernels' accesses and,
+// through fiber.h, what orders them.
 //
-// The order that TSan is told: a launch begins after its caller and ends before it goes on, and
-// __syncthreads and __syncwarp order the threads that meet there. Shuffles, ballots and atomics
-// order nothing, as in CUDA's memory model, and blocks of one launch are unordered.
+// Of launches TSan is told: one begins after its caller, and after the one before it on its stream;
+// the caller goes on after all. Blocks of one launch, and launches on two streams, are unordered.
 #include "simt.h"
 
-#include <array>
-#include <cstdio>
-#include <cstdlib>
-#include <deque>
-#include <memory>
+#include <algorithm>
+#include <map>
 #include <random>
-#include <string>
-#include <vector>
+#include <utility>
 
-#include "fiber.h"
+#include "block.h"
 
 namespace simt {
 
@@ -26,384 +22,339 @@ namespace {
 constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 << 10;  // what a kernel gets without asking for more
 constexpr unsigned kMaxGridYz = 65535;
-constexpr int kPoison = 0xff;  // every float format reads NaN
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
-enum class State { kReady, kAtBarrier, kInCollective, kFinished };
-
-// The lanes of one mask meeting, again and again. Two sets of values, since a fast lane may hand in
-// its next value before a slow one has read the last.
-struct Meeting {
-  unsigned mask = 0;
-  unsigned arrived = 0;
-  unsigned generation = 0;
-  Site site{};
-  uint64_t values[2][kWarpSize] = {};
-};
-
-struct Thread {
-  Fiber fiber;
-  State state = State::kReady;
-  ThreadIndices indices;
-  unsigned number = 0;  // within the block
-  Site site{};          // where it waits
-  Meeting* meeting = nullptr;
-};
-
-struct FreeDeleter {
-  void operator()(void* memory) const { free(memory); }
-};
-using SharedMemory = std::unique_ptr<unsigned char, FreeDeleter>;
+// Polls of each thread, on average, after which flags that nobody sets are taken for a deadlock.
+constexpr size_t kPatience = 1000;
 
 int order = simt_forward;
 std::mt19937 generator;
 std::string error_message;
 cudaError_t error_code = cudaSuccess;
 
-std::string describe(Site site) {
-  const std::string file = site.file;
-  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(site.line);
-}
-
-std::string describe(const dim3& index) {
-  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," +
-         std::to_string(index.z) + ")";
-}
-
-bool same_site(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
-
-// One launch: its configuration, the block that runs now, and what has to outlive that block.
-class Launch {
- public:
-  Launch(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*),
-         void* arguments)
-      : name_(kernel_name),
-        grid_(grid),
-        block_(block),
-        shared_bytes_(shared_bytes),
-        body_(body),
-        arguments_(arguments) {}
-
-  void run();
-
-  // Called on a fiber.
-  void barrier(Site site);
-  unsigned meet(unsigned mask, uint64_t value, Site site, bool orders_memory, Meeting** met);
-  void interleave();
-  void thread_main();
-  [[noreturn]] void fail(const std::string& what, Site site);
-
-  unsigned char* shared() const { return shared_.back().get(); }
-  int lane() const { return running_->number % kWarpSize; }
-
- private:
-  bool valid_configuration() const;
-  void begin_block(size_t block_index);
-  void end_block();
-  void run_block();
-  Thread* next_thread();
-  void resume(Thread& thread);
-  void wait(State state, Site site);
-  void release_barrier();
-  Meeting& meeting_of(unsigned mask, Site site);
-  void record(cudaError_t code, const std::string& message);
-  void report_deadlock();
-
-  const std::string name_;
-  const dim3 grid_, block_;
-  const size_t shared_bytes_;
-  void (*const body_)(void*);
-  void* const arguments_;
-
-  std::vector<Thread> threads_;
-  std::vector<std::deque<Meeting>> warps_;  // a deque, since threads point into it
-  std::deque<std::unique_ptr<StackArena>> stacks_;
-  std::deque<SharedMemory> shared_;
-  std::deque<std::vector<std::deque<Meeting>>> past_warps_;
-  Thread* running_ = nullptr;
-  size_t live_ = 0, at_barrier_ = 0;
-  size_t cursor_ = 0;
-  Site barrier_site_{};
-  bool failed_ = false;
-  char begin_token_ = 0, end_token_ = 0;
-  // Two for each block, used in turn: a fast thread may arrive at the next barrier before a slow
-  // one has left the last, and must not seem to be ordered with it.
-  std::deque<std::array<char, 2>> barrier_tokens_;
-  unsigned barrier_generation_ = 0;
+struct Launch {
+  Shape shape;
+  std::function<void()> body;
+  Launch* previous;  // on its stream
+  char begin_token = 0, end_token = 0;
 };
 
-Launch* current = nullptr;
+void record(cudaError_t code, const std::string& message) {
+  error_code = code;
+  error_message = message;
+}
+
+bool valid(const Shape& shape) {
+  const dim3 grid = shape.grid;
+  return shape.threads() > 0 && shape.threads() <= kMaxThreads && shape.block.z <= 64 &&
+         shape.shared_bytes <= kMaxSharedBytes && grid.x > 0 && grid.x < 1u << 31 && grid.y > 0 &&
+         grid.z > 0 && grid.y <= kMaxGridYz && grid.z <= kMaxGridYz;
+}
+
+// The order in which the blocks of a launch start.
+std::vector<size_t> sequence_of(const Launch& launch) {
+  std::vector<size_t> sequence(launch.shape.blocks());
+  for (size_t i = 0; i < sequence.size(); ++i) {
+    sequence[i] = order == simt_reverse ? sequence.size() - 1 - i : i;
+  }
+  if (order == simt_random) std::shuffle(sequence.begin(), sequence.end(), generator);
+  return sequence;
+}
+
+// Blocks of one launch that are resident together.
+struct Batch {
+  Launch* launch;
+  std::vector<size_t> blocks;
+};
+
+class Machine final : public Scheduler {
+ public:
+  // Runs each queue's batches one after another and the queues, each a device, at once, at a pace
+  // of their own; false if that was a failure.
+  bool run(std::vector<std::deque<Batch>> queues);
+
+  void suspend() override { running_->fiber.suspend(/*finished=*/false); }
+  void interleave() override {
+    if (order == simt_random) suspend();
+  }
+  void note_progress() override { idle_polls_ = 0; }
+  [[noreturn]] void fail(const std::string& what, Site site) override;
+
+  void poll(Site site);
+  void thread_main();
+  Thread& running() { return *running_; }
+
+ private:
+  struct Entry {
+    Thread* thread;
+    Launch* launch;
+    size_t queue;
+  };
+  // What runs of one queue.
+  struct Device {
+    std::vector<std::unique_ptr<Block>> blocks;
+    size_t threads = 0;
+    size_t left = 0;  // threads that have not finished
+  };
+
+  std::unique_ptr<StackArena> stacks();
+  void admit(size_t queue, const Batch& batch);
+  void retire(size_t queue);
+  bool next_thread();
+  void report_stuck(const char* what);
+
+  std::vector<Entry> entries_;  // all threads of all devices
+  std::vector<Device> devices_;
+#ifdef SIMT_TSAN
+  // Kept until all is over: addresses used again would look like races between blocks.
+  std::vector<std::unique_ptr<Block>> past_;
+  std::vector<std::unique_ptr<StackArena>> past_stacks_;
+#endif
+  std::vector<std::unique_ptr<StackArena>> spare_stacks_;
+  Thread* running_ = nullptr;
+  Launch* running_launch_ = nullptr;
+  size_t cursor_ = 0;
+  size_t idle_polls_ = 0;
+  size_t favourite_ = 0;  // in a random order, the device whose turn it is
+  bool failed_ = false;
+};
+
+Machine* machine = nullptr;
 
 void fiber_entry() {
   Fiber::started();
-  current->thread_main();
+  machine->thread_main();
   abort();  // a finished fiber is never resumed
 }
 
-void Launch::record(cudaError_t code, const std::string& message) {
+void Machine::fail(const std::string& what, Site site) {
   failed_ = true;
-  error_code = code;
-  error_message = message + ", kernel " + name_;
+  record(cudaErrorLaunchFailure,
+         what + " at " + describe(site) + ", block " + describe(indices.block) + " thread " +
+             describe(indices.thread) + ", kernel " + running_launch_->shape.kernel);
+  suspend();
+  abort();  // it is over: nobody resumes this fiber
 }
 
-void Launch::fail(const std::string& what, Site site) {
-  record(cudaErrorLaunchFailure, what + " at " + describe(site) + ", block " +
-                                     describe(indices.block) + " thread " +
-                                     describe(indices.thread));
-  running_->fiber.suspend(/*finished=*/false);
-  abort();  // the launch is over: nobody resumes this fiber
+std::unique_ptr<StackArena> Machine::stacks() {
+  if (spare_stacks_.empty()) return std::make_unique<StackArena>();
+  auto stacks = std::move(spare_stacks_.back());
+  spare_stacks_.pop_back();
+  return stacks;
 }
 
-bool Launch::valid_configuration() const {
-  const size_t threads = static_cast<size_t>(block_.x) * block_.y * block_.z;
-  return threads > 0 && threads <= kMaxThreads && block_.z <= 64 &&
-         shared_bytes_ <= kMaxSharedBytes && grid_.x > 0 && grid_.x < 1u << 31 && grid_.y > 0 &&
-         grid_.z > 0 && grid_.y <= kMaxGridYz && grid_.z <= kMaxGridYz;
-}
-
-void Launch::run() {
-  if (!valid_configuration()) {
-    record(cudaErrorInvalidConfiguration,
-           "impossible launch: grid " + describe(grid_) + " block " + describe(block_) + " with " +
-               std::to_string(shared_bytes_) + " bytes of shared memory");
-    return;
-  }
-  threads_.resize(static_cast<size_t>(block_.x) * block_.y * block_.z);
-  const size_t blocks = static_cast<size_t>(grid_.x) * grid_.y * grid_.z;
-  std::vector<size_t> sequence(blocks);
-  for (size_t i = 0; i < blocks; ++i) sequence[i] = order == simt_reverse ? blocks - 1 - i : i;
-  if (order == simt_random) std::shuffle(sequence.begin(), sequence.end(), generator);
-  for (size_t i = 0; i < blocks && !failed_; ++i) {
-    begin_block(sequence[i]);
-    run_block();
-    end_block();
-  }
-  acquire_edge(&end_token_);
-}
-
-void Launch::begin_block(size_t block_index) {
-#ifdef SIMT_TSAN
-  // New addresses for every block: reused ones would look like races between blocks.
-  stacks_.push_back(std::make_unique<StackArena>());
-#else
-  if (stacks_.empty()) stacks_.push_back(std::make_unique<StackArena>());
-  shared_.clear();
-  past_warps_.clear();
-#endif
-  stacks_.back()->reserve(threads_.size());
-  // Exactly as much as was asked for, so that ASan sees an access behind it.
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, max<size_t>(shared_bytes_, 1)) != 0) abort();
-  memset(memory, kPoison, shared_bytes_);
-  shared_.emplace_back(static_cast<unsigned char*>(memory));
-  past_warps_.push_back(std::move(warps_));
-  warps_.assign((threads_.size() + kWarpSize - 1) / kWarpSize, {});
-  barrier_tokens_.emplace_back();
-  live_ = threads_.size();
-  at_barrier_ = 0;
-  cursor_ = 0;
-  const dim3 block(block_index % grid_.x, block_index / grid_.x % grid_.y,
-                   block_index / grid_.x / grid_.y);
-  for (size_t i = 0; i < threads_.size(); ++i) {
-    Thread& thread = threads_[i];
-    thread.state = State::kReady;
-    thread.number = static_cast<unsigned>(i);
-    thread.indices = {dim3(i % block_.x, i / block_.x % block_.y, i / block_.x / block_.y), block,
-                      block_, grid_};
-    thread.fiber.prepare(fiber_entry, stacks_.back()->bottom(i), stacks_.back()->bytes());
-  }
-  release_edge(&begin_token_);
-}
-
-void Launch::end_block() {
-  for (Thread& thread : threads_) thread.fiber.retire();
-}
-
-void Launch::run_block() {
-  while (live_ > 0 && !failed_) {
-    Thread* thread = next_thread();
-    if (thread == nullptr) {
-      report_deadlock();
-      return;
+bool Machine::run(std::vector<std::deque<Batch>> queues) {
+  devices_ = std::vector<Device>(queues.size());
+  cursor_ = idle_polls_ = 0;
+  favourite_ = generator() % queues.size();
+  const auto admit_next = [&](size_t queue) {
+    if (queues[queue].empty()) return;
+    admit(queue, queues[queue].front());
+    queues[queue].pop_front();
+  };
+  for (size_t queue = 0; queue < queues.size(); ++queue) admit_next(queue);
+  while (!entries_.empty() && !failed_) {
+    if (!next_thread()) {
+      report_stuck("deadlock");
+      break;
     }
-    resume(*thread);
+    const Entry entry = entries_[cursor_];
+    running_ = entry.thread;
+    running_launch_ = entry.launch;
+    indices = entry.thread->indices;
+    entry.thread->fiber.resume();
+    if (entry.thread->polls) {
+      // The next one's turn, or a fixed order would come back to this one for ever.
+      if (++cursor_ == entries_.size()) cursor_ = 0;
+      if (idle_polls_ > kPatience * entries_.size()) report_stuck("no progress");
+    }
+    if (entry.thread->state == State::kFinished && --devices_[entry.queue].left == 0) {
+      retire(entry.queue);
+      admit_next(entry.queue);
+    }
   }
+  for (size_t queue = 0; queue < queues.size(); ++queue) retire(queue);
+  return !failed_;
 }
 
-// The next thread that can run: cyclic in thread order, backwards, or any; none at a deadlock.
-Thread* Launch::next_thread() {
-  const size_t count = threads_.size();
-  if (order == simt_random) cursor_ = generator() % count;
+void Machine::admit(size_t queue, const Batch& batch) {
+  Device& device = devices_[queue];
+  for (const size_t index : batch.blocks) {
+    auto block = std::make_unique<Block>(batch.launch->shape, index, stacks(), fiber_entry, *this);
+    const size_t count = block->threads().size();
+    for (size_t i = 0; i < count; ++i) {
+      Thread& thread = block->threads()[order == simt_reverse ? count - 1 - i : i];
+      entries_.push_back({&thread, batch.launch, queue});
+    }
+    device.threads += count;
+    device.blocks.push_back(std::move(block));
+  }
+  device.left = device.threads;
+}
+
+void Machine::retire(size_t queue) {
+  Device& device = devices_[queue];
+  size_t kept = 0, cursor = 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (i == cursor_) cursor = kept;
+    if (entries_[i].queue != queue) entries_[kept++] = entries_[i];
+  }
+  entries_.resize(kept);
+  cursor_ = cursor < kept ? cursor : 0;
+  for (auto& block : device.blocks) {
+    auto stacks = block->retire();
+#ifdef SIMT_TSAN
+    past_.push_back(std::move(block));
+    past_stacks_.push_back(std::move(stacks));
+#else
+    spare_stacks_.push_back(std::move(stacks));
+#endif
+  }
+  device = Device();
+}
+
+// Moves the cursor to the next thread that can run; false at a deadlock. Cyclic in a fixed order.
+// In a random one devices drift apart: one of them has its turn, for as long as its threads need to
+// be resumed some times each, and the others go on only where it waits.
+bool Machine::next_thread() {
+  const size_t count = entries_.size();
+  if (order == simt_random) {
+    if (devices_.size() > 1 && generator() % (4 * devices_[favourite_].threads + 1) == 0) {
+      favourite_ = generator() % devices_.size();
+    }
+    cursor_ = generator() % count;
+  }
+  size_t found = count;
   for (size_t i = 0; i < count; ++i) {
     const size_t at = (cursor_ + i) % count;
-    Thread& thread = threads_[order == simt_reverse ? count - 1 - at : at];
-    if (thread.state == State::kReady) {
+    if (entries_[at].thread->state != State::kReady) continue;
+    if (order != simt_random || entries_[at].queue == favourite_) {
       cursor_ = at;
-      return &thread;
+      return true;
     }
+    if (found == count) found = at;
   }
-  return nullptr;
+  if (found == count) return false;
+  cursor_ = found;
+  return true;
 }
 
-void Launch::resume(Thread& thread) {
-  running_ = &thread;
-  indices = thread.indices;
-  thread.fiber.resume();
-}
-
-void Launch::thread_main() {
-  acquire_edge(&begin_token_);
-  body_(arguments_);
-  release_edge(&end_token_);
-  running_->state = State::kFinished;
-  --live_;
-  if (live_ > 0 && at_barrier_ == live_) release_barrier();
+void Machine::thread_main() {
+  acquire_edge(&running_launch_->begin_token);
+  if (running_launch_->previous != nullptr) acquire_edge(&running_launch_->previous->end_token);
+  Launch* const launch = running_launch_;
+  launch->body();
+  release_edge(&launch->end_token);
+  running_->block->finish(*running_);
   running_->fiber.suspend(/*finished=*/true);
 }
 
-void Launch::wait(State state, Site site) {
-  running_->state = state;
-  running_->site = site;
-  running_->fiber.suspend(/*finished=*/false);
+void Machine::poll(Site site) {
+  Thread& self = *running_;
+  ++idle_polls_;
+  self.polls = true;
+  self.site = site;
+  suspend();
+  self.polls = false;
 }
 
-void Launch::interleave() {
-  if (order == simt_random) running_->fiber.suspend(/*finished=*/false);
-}
-
-// Threads that have returned count as arrived, as on every GPU since Volta.
-void Launch::barrier(Site site) {
-  if (at_barrier_ == 0) {
-    barrier_site_ = site;
-  } else if (!same_site(barrier_site_, site)) {
-    fail("divergent __syncthreads: other threads wait at " + describe(barrier_site_) +
-             ", this one came to the one",
-         site);
-  }
-  char* const token = &barrier_tokens_.back()[barrier_generation_ & 1];
-  release_edge(token);
-  if (++at_barrier_ == live_) {
-    release_barrier();
-    interleave();
-  } else {
-    wait(State::kAtBarrier, site);
-  }
-  acquire_edge(token);
-}
-
-void Launch::release_barrier() {
-  for (Thread& thread : threads_) {
-    if (thread.state == State::kAtBarrier) thread.state = State::kReady;
-  }
-  at_barrier_ = 0;
-  ++barrier_generation_;
-}
-
-Meeting& Launch::meeting_of(unsigned mask, Site site) {
-  const unsigned first = running_->number / kWarpSize * kWarpSize;
-  const size_t lanes = min<size_t>(threads_.size() - first, kWarpSize);
-  const unsigned existing = lanes == kWarpSize ? kWholeWarp : (1u << lanes) - 1;
-  if ((mask >> lane() & 1) == 0) fail("a lane calls a collective without being in its mask", site);
-  // Lanes that were never launched may be named; lanes that returned may not, and are waited for.
-  mask &= existing;
-  std::deque<Meeting>& meetings = warps_[running_->number / kWarpSize];
-  for (Meeting& meeting : meetings) {
-    if (meeting.mask == mask) return meeting;
-  }
-  meetings.emplace_back().mask = mask;
-  return meetings.back();
-}
-
-// Waits for all lanes of the mask; returns which set of values is theirs.
-unsigned Launch::meet(unsigned mask, uint64_t value, Site site, bool orders_memory, Meeting** met) {
-  Meeting& meeting = meeting_of(mask, site);
-  *met = &meeting;
-  if (meeting.arrived == 0) {
-    meeting.site = site;
-  } else if (!same_site(meeting.site, site)) {
-    fail("lanes of one mask call different collectives: others wait at " + describe(meeting.site) +
-             ", this one came to the one",
-         site);
-  }
-  const unsigned parity = meeting.generation & 1;
-  meeting.values[parity][lane()] = value;
-  meeting.arrived |= 1u << lane();
-  if (orders_memory) release_edge(meeting.values[parity]);
-  if (meeting.arrived == meeting.mask) {
-    meeting.arrived = 0;
-    ++meeting.generation;
-    for (Thread& thread : threads_) {
-      if (thread.state == State::kInCollective && thread.meeting == &meeting) {
-        thread.state = State::kReady;
-      }
-    }
-    interleave();
-  } else {
-    running_->meeting = &meeting;
-    wait(State::kInCollective, site);
-  }
-  if (orders_memory) acquire_edge(meeting.values[parity]);
-  return parity;
-}
-
-void Launch::report_deadlock() {
-  std::string message = "deadlock in block " + describe(indices.block) + ":";
-  for (const State state : {State::kAtBarrier, State::kInCollective}) {
-    size_t waiting = 0;
+void Machine::report_stuck(const char* what) {
+  struct Group {
+    const char* doing;
+    size_t count = 0;
     const Thread* first = nullptr;
-    for (const Thread& thread : threads_) {
-      if (thread.state != state) continue;
-      if (waiting++ == 0) first = &thread;
-    }
-    if (first == nullptr) continue;
-    message += " " + std::to_string(waiting) + " threads wait in " +
-               (state == State::kAtBarrier ? "__syncthreads" : "a warp collective") +
-               ", the first is " + describe(first->indices.thread) + " at " +
-               describe(first->site) + ";";
+  } groups[] = {{"wait in __syncthreads"}, {"wait in a warp collective"}, {"poll a flag"}};
+  size_t returned = 0;
+  for (const Entry& entry : entries_) {
+    const Thread* const thread = entry.thread;
+    if (thread->state == State::kFinished) ++returned;
+    Group* const group = thread->state == State::kAtBarrier      ? &groups[0]
+                         : thread->state == State::kInCollective ? &groups[1]
+                         : thread->polls                         ? &groups[2]
+                                                                 : nullptr;
+    if (group != nullptr && group->count++ == 0) group->first = thread;
+  }
+  std::string message = std::string(what) + " in kernel " + running_launch_->shape.kernel + ":";
+  for (const Group& group : groups) {
+    if (group.count == 0) continue;
+    message += " " + std::to_string(group.count) + " threads " + group.doing + ", the first is " +
+               describe(group.first->indices.thread) + " of block " +
+               describe(group.first->indices.block) + " at " + describe(group.first->site) + ";";
   }
   message.back() = ' ';
+  failed_ = true;
   record(cudaErrorLaunchFailure,
-         message + "and " + std::to_string(threads_.size() - live_) + " threads have returned");
+         message + "and " + std::to_string(returned) + " threads have returned");
+}
+
+// Launches that wait for `simt_synchronize`, by stream.
+bool deferring = false;
+std::map<void*, std::deque<std::unique_ptr<Launch>>> streams;
+
+// Alone on the device, its blocks one after another: none may wait for another.
+void run_alone(Launch& launch) {
+  std::deque<Batch> queue;
+  for (const size_t index : sequence_of(launch)) queue.push_back({&launch, {index}});
+  Machine own;
+  machine = &own;
+  own.run({std::move(queue)});
+  machine = nullptr;
+  acquire_edge(&launch.end_token);
 }
 
 }  // namespace
 
-void launch(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes,
-            void (*body)(void*), void* arguments) {
-  Launch launch(kernel_name, grid, block, shared_bytes, body, arguments);
-  current = &launch;
-  launch.run();
-  current = nullptr;
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            std::function<void()> body) {
+  auto launch = std::make_unique<Launch>();
+  launch->shape = {kernel, grid, block, shared_bytes};
+  launch->body = std::move(body);
+  launch->previous = nullptr;
+  if (!valid(launch->shape)) {
+    record(cudaErrorInvalidConfiguration,
+           "impossible launch: grid " + describe(grid) + " block " + describe(block) + " with " +
+               std::to_string(shared_bytes) + " bytes of shared memory, kernel " + kernel);
+    return;
+  }
+  release_edge(&launch->begin_token);
+  if (!deferring) {
+    run_alone(*launch);
+    return;
+  }
+  auto& queue = streams[stream];
+  if (!queue.empty()) launch->previous = queue.back().get();
+  queue.push_back(std::move(launch));
 }
 
-unsigned char* dynamic_shared() { return current->shared(); }
+unsigned char* dynamic_shared() { return machine->running().block->shared(); }
 
-cudaError_t take_last_error() {
-  const cudaError_t code = error_code;
-  error_code = cudaSuccess;
-  return code;
+cudaError_t take_last_error() { return std::exchange(error_code, cudaSuccess); }
+
+void block_barrier(Site site) {
+  Thread& self = machine->running();
+  self.block->barrier(self, site);
 }
-
-void block_barrier(Site site) { current->barrier(site); }
 
 void warp_barrier(unsigned mask, Site site) {
+  Thread& self = machine->running();
   Meeting* meeting = nullptr;
-  current->meet(mask, 0, site, /*orders_memory=*/true, &meeting);
+  self.block->meet(self, mask, 0, site, /*orders_memory=*/true, &meeting);
 }
 
 uint64_t exchange(unsigned mask, uint64_t value, int source, Site site) {
+  Thread& self = machine->running();
   Meeting* meeting = nullptr;
-  const unsigned parity = current->meet(mask, value, site, /*orders_memory=*/false, &meeting);
+  const unsigned parity =
+      self.block->meet(self, mask, value, site, /*orders_memory=*/false, &meeting);
   if ((meeting->mask >> source & 1) == 0) {
-    current->fail("a shuffle reads lane " + std::to_string(source) + ", which its mask leaves out",
-                  site);
+    fail("a shuffle reads lane " + std::to_string(source) + ", which its mask leaves out", site);
   }
   return meeting->values[parity][source];
 }
 
 unsigned ballot(unsigned mask, bool predicate, Site site) {
+  Thread& self = machine->running();
   Meeting* meeting = nullptr;
-  const unsigned parity = current->meet(mask, predicate, site, /*orders_memory=*/false, &meeting);
+  const unsigned parity =
+      self.block->meet(self, mask, predicate, site, /*orders_memory=*/false, &meeting);
   unsigned votes = 0;
   for (int i = 0; i < kWarpSize; ++i) {
     if (meeting->mask >> i & 1) votes |= static_cast<unsigned>(meeting->values[parity][i]) << i;
@@ -411,9 +362,55 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
   return votes;
 }
 
-void interleave() { current->interleave(); }
+Gathered gather(uint64_t value, Site site) {
+  Thread& self = machine->running();
+  Meeting* meeting = nullptr;
+  const unsigned parity =
+      self.block->meet(self, kWholeWarp, value, site, /*orders_memory=*/false, &meeting);
+  if (meeting->mask != kWholeWarp) fail("a tensor-core operation in a warp of few lanes", site);
+  Gathered gathered;
+  memcpy(gathered.lane, meeting->values[parity], sizeof(gathered.lane));
+  return gathered;
+}
 
-int lane() { return current->lane(); }
+void check_shared(const void* address, size_t bytes, const char* what, Site site) {
+  if (!machine->running().block->owns(address, bytes)) {
+    fail(std::string(what) + " outside the block's shared memory", site);
+  }
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail(std::string(what) + " an address that is not aligned to " + std::to_string(bytes) +
+             " bytes",
+         site);
+  }
+}
+
+void begin_copy(AsyncCopy copy) { machine->running().issued.push_back(copy); }
+
+void commit_copies() {
+  Thread& self = machine->running();
+  self.groups.push_back(std::exchange(self.issued, {}));
+}
+
+bool take_copy(int pending, AsyncCopy* copy) {
+  auto& groups = machine->running().groups;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    std::vector<AsyncCopy>& oldest = groups.front();
+    if (oldest.empty()) {
+      groups.pop_front();
+      continue;
+    }
+    *copy = oldest.back();
+    oldest.pop_back();
+    return true;
+  }
+  return false;
+}
+
+void poll(Site site) { machine->poll(site); }
+void note_progress() { machine->note_progress(); }
+void interleave() { machine->interleave(); }
+void fail(const std::string& what, Site site) { machine->fail(what, site); }
+int lane() { return machine->running().lane(); }
 
 }  // namespace simt
 
@@ -422,6 +419,29 @@ void simt_set_order(int order, unsigned seed) {
   simt::generator.seed(seed);
   simt::error_message.clear();
   simt::error_code = cudaSuccess;
+  simt::deferring = false;
+  simt::streams.clear();
 }
 
 const char* simt_error() { return simt::error_message.c_str(); }
+
+void simt_defer() { simt::deferring = true; }
+
+int simt_synchronize() {
+  using namespace simt;
+  Machine own;
+  machine = &own;
+  std::vector<std::deque<Batch>> queues;
+  for (auto& [stream, queue] : streams) {
+    queues.emplace_back();
+    for (auto& launch : queue) queues.back().push_back({launch.get(), sequence_of(*launch)});
+  }
+  own.run(std::move(queues));
+  machine = nullptr;
+  for (auto& [stream, queue] : streams) {
+    for (auto& launch : queue) acquire_edge(&launch->end_token);
+  }
+  streams.clear();
+  deferring = false;
+  return take_last_error();
+}

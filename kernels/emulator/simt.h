@@ -1,11 +1,13 @@
 // The CUDA subset that the kernels use, on the CPU: names, types and intrinsics. For tests only.
 //
-// Every CUDA thread is a fiber. A fiber switches only at barriers, warp collectives and atomics, in
-// an order that the test picks (`simt_set_order`). Misuse ends the launch: `cudaGetLastError()`
-// then returns `cudaErrorLaunchFailure` and `simt_error()` says what, where and which thread. What
-// is not here does not compile, so a kernel cannot use what is not modelled.
+// Every CUDA thread is a fiber. A fiber switches only at barriers, warp collectives, atomics and
+// flags, in an order that the test picks (`simt_set_order`). Misuse ends the launch:
+// `cudaGetLastError()` then returns `cudaErrorLaunchFailure` and `simt_error()` says what, where
+// and which thread. What is not here does not compile, so a kernel cannot use what is not modelled.
 //
-// One launch at a time in a process: the state is global.
+// A launch has finished when its launcher returns, and its blocks ran one after another. Between
+// `simt_defer` and `simt_synchronize`, launches queue up on their streams instead; then the streams
+// run at once, each as a device of its own, with all blocks of its current launch resident.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +15,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -110,8 +115,14 @@ struct ThreadIndices {
 };
 extern ThreadIndices indices;  // of the running fiber
 
-void launch(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes,
-            void (*body)(void*), void* arguments);
+// The place of a call, as the default of a function's last parameter.
+inline Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return {file, line};
+}
+
+// `body` is what each thread does.
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            std::function<void()> body);
 unsigned char* dynamic_shared();
 cudaError_t take_last_error();
 
@@ -123,6 +134,32 @@ unsigned ballot(unsigned mask, bool predicate, Site site);
 // Another thread may run here.
 void interleave();
 int lane();
+// Ends the launch with a report of the running thread.
+[[noreturn]] void fail(const std::string& what, Site site);
+
+// What the lanes of a whole warp have handed in.
+struct Gathered {
+  uint64_t lane[kWarpSize];
+};
+Gathered gather(uint64_t value, Site site);
+// Ends the launch unless an access of so many bytes is aligned and within shared memory.
+void check_shared(const void* address, size_t bytes, const char* what, Site site);
+
+// 16 bytes under way to shared memory, zeros if `global` is null. async_copy.h moves them.
+struct AsyncCopy {
+  uint4* shared;
+  const uint4* global;
+};
+void begin_copy(AsyncCopy copy);
+void commit_copies();
+// The next copy to land while more than `pending` groups of this thread are under way.
+bool take_copy(int pending, AsyncCopy* copy);
+
+// Other threads run before this one looks at a flag again; where none does anything but look, the
+// launch ends.
+void poll(Site site);
+// Something was written that others may poll for.
+void note_progress();
 
 // Lane that a shuffle reads: itself where the wanted one lies outside its segment of `width`.
 inline int shuffle_source(int wanted, int width) {
@@ -142,24 +179,17 @@ T shuffle(unsigned mask, T value, int source, Site site) {
 
 template <typename... Parameters, typename... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block,
-                   size_t shared_bytes, Arguments... arguments) {
-  struct Call {
-    void (*kernel)(Parameters...);
-    std::tuple<Parameters...> arguments;
-  } call{kernel, {static_cast<Parameters>(arguments)...}};
-  launch(
-      name, grid, block, shared_bytes,
-      [](void* pointer) {
-        const Call& call = *static_cast<const Call*>(pointer);
-        std::apply(call.kernel, call.arguments);
-      },
-      &call);
+                   size_t shared_bytes, void* stream, Arguments... arguments) {
+  std::tuple<Parameters...> given{static_cast<Parameters>(arguments)...};
+  launch(name, grid, block, shared_bytes, stream,
+         [kernel, given = std::move(given)] { std::apply(kernel, given); });
 }
 
 template <typename T>
 T atomic_update(T* address, T operand, T (*combine)(T, T)) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA has 32- and 64-bit atomics");
   interleave();
+  note_progress();
   T before, after;
   __atomic_load(address, &before, __ATOMIC_RELAXED);
   do {
@@ -212,4 +242,9 @@ enum simt_order { simt_forward = 0, simt_reverse = 1, simt_random = 2 };
 __attribute__((visibility("default"))) void simt_set_order(int order, unsigned seed);
 // What ended the last launch that failed, one line; "" if none has since `simt_set_order`.
 __attribute__((visibility("default"))) const char* simt_error();
+// From now on launches wait for `simt_synchronize`, which runs those of different streams at once:
+// each stream's one after another, with all its blocks, and no stream waits for another.
+__attribute__((visibility("default"))) void simt_defer();
+// Returns a cudaError_t, that of the whole.
+__attribute__((visibility("default"))) int simt_synchronize();
 }

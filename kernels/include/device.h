@@ -25,7 +25,7 @@
 #include "../emulator/simt.h"
 
 #define MEGACHAT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), simt::launch_kernel(kernel, #kernel, grid, block, shared_bytes, __VA_ARGS__))
+  simt::launch_kernel(kernel, #kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define MEGACHAT_DYNAMIC_SHARED(name) unsigned char* name = simt::dynamic_shared()
 
 #endif

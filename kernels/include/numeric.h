@@ -101,6 +101,9 @@ __device__ __forceinline__ void round_pack(float (&values)[kPack<T>]) {
   }
 }
 
+// max(value, 0), but NaN stays NaN.
+__device__ __forceinline__ float relu(float value) { return value < 0.0f ? 0.0f : value; }
+
 inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }

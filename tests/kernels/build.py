@@ -24,7 +24,7 @@ _KERNEL = (*_COMMON, "-O1", "-Wno-unknown-pragmas")
 """`#pragma unroll` is nvcc's."""
 _ASAN_CALLS = ("--param", "asan-instrumentation-with-call-threshold=0")
 _EMULATOR = (*_COMMON, "-O2")
-_EMULATOR_SOURCES = ("simt.cpp", "fiber.cpp")
+_EMULATOR_SOURCES = ("simt.cpp", "block.cpp", "fiber.cpp")
 
 
 class Variant(Enum):
@@ -70,7 +70,7 @@ def kernel_library(source: Path, variant: Variant = Variant.PLAIN) -> Path:
     flags = (*_KERNEL, *variant.kernel_flags)
     copied = source.parents[1] / "include"
     headers = sorted((copied if copied.exists() else KERNELS / "include").glob("*.h"))
-    inputs = [source, *headers, KERNELS / "emulator/simt.h", *objects]
+    inputs = [source, *headers, *sorted((KERNELS / "emulator").glob("*.h")), *objects]
     return _build(
         f"{source.stem}-{variant.value}.so",
         inputs,

@@ -24,12 +24,19 @@ def _run(request: dict) -> dict:
         buffers.append(address)
     kinds = {
         "buffer": lambda index: ctypes.c_void_p(buffers[index]),
+        "buffers": lambda indices: (ctypes.c_void_p * len(indices))(*[buffers[i] for i in indices]),
         "null": lambda _: ctypes.c_void_p(None),
-        "int": ctypes.c_int,
+        "int": ctypes.c_int64,
         "float": ctypes.c_float,
     }
-    arguments = [kinds[kind](value) for kind, value in request["arguments"]]
-    code = getattr(library, request["function"])(*arguments)
+    launcher, together = getattr(library, request["function"]), len(request["devices"]) > 1
+    if together:
+        library.simt_defer()
+    codes = [
+        launcher(*[kinds[kind](value) for kind, value in arguments])
+        for arguments in request["devices"]
+    ]
+    code = max(codes) or (library.simt_synchronize() if together else 0)
     return {
         "code": code,
         "error": library.simt_error().decode(),

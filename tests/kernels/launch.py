@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tests.kernels.build import Variant, kernel_library
 
-Argument = Tensor | int | float | None
+Argument = Tensor | int | float | None | tuple[Tensor, ...]
+"""A tuple of tensors is an array of pointers, as launchers take buffers of several devices."""
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INVALID_VALUE = 1
@@ -68,10 +69,41 @@ def run_here(source: Path, function: str, arguments: Sequence[Argument], order: 
     return Outcome(code, library.simt_error().decode())
 
 
+def run_devices_here(
+    source: Path, function: str, devices: Sequence[Sequence[Argument]], order: Order
+) -> Outcome:
+    """Calls a launcher once for each device and runs them all at once, in this process.
+
+    The launcher has to use another stream for each device.
+    """
+    library = _load(kernel_library(source))
+    library.simt_set_order(order.kind, order.seed)
+    library.simt_defer()
+    for arguments in devices:
+        code = getattr(library, function)(*[_as_c(argument) for argument in arguments])
+        assert code == 0, library.simt_error().decode()
+    return Outcome(library.simt_synchronize(), library.simt_error().decode())
+
+
 def run_isolated(
     source: Path,
     function: str,
     arguments: Sequence[Argument],
+    order: Order,
+    *,
+    variant: Variant,
+    folder: Path,
+) -> Outcome:
+    """Calls a launcher in a process of its own; see `run_devices_isolated`."""
+    return run_devices_isolated(
+        source, function, [arguments], order, variant=variant, folder=folder
+    )
+
+
+def run_devices_isolated(
+    source: Path,
+    function: str,
+    devices: Sequence[Sequence[Argument]],
     order: Order,
     *,
     variant: Variant,
@@ -82,12 +114,13 @@ def run_isolated(
     Args:
         source: The kernel.
         function: Its launcher.
-        arguments: As the launcher takes them; a tensor given twice is one buffer.
+        devices: Arguments for each device, as the launcher takes them; a tensor given twice is one
+            buffer. Several devices run at once.
         order: How threads take turns.
         variant: Which sanitizer watches.
         folder: For the files that carry the arguments.
     """
-    tensors = {id(a): a for a in arguments if isinstance(a, Tensor)}
+    tensors = {id(tensor): tensor for tensor in _tensors(devices)}
     numbers = {key: number for number, key in enumerate(tensors)}
     request = {
         "library": str(kernel_library(source, variant)),
@@ -95,7 +128,7 @@ def run_isolated(
         "seed": order.seed,
         "function": function,
         "buffers": [ctypes.string_at(t.data_ptr(), t.nbytes) for t in tensors.values()],
-        "arguments": [_described(argument, numbers) for argument in arguments],
+        "devices": [[_described(argument, numbers) for argument in given] for given in devices],
     }
     asked, answered = folder / "request", folder / "response"
     asked.write_bytes(pickle.dumps(request))
@@ -127,18 +160,32 @@ def _load(path: Path) -> ctypes.CDLL:
     return library
 
 
+def _tensors(devices: Sequence[Sequence[Argument]]) -> Iterator[Tensor]:
+    for arguments in devices:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                yield argument
+            elif isinstance(argument, tuple):
+                yield from argument
+
+
 def _as_c(argument: Argument) -> object:
     if isinstance(argument, Tensor):
         assert argument.is_contiguous()
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, tuple):
+        return (ctypes.c_void_p * len(argument))(*[tensor.data_ptr() for tensor in argument])
     if argument is None:
         return ctypes.c_void_p(None)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
+    # Also where the launcher takes an int: on x86-64 that is the lower half of the same place.
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def _described(argument: Argument, numbers: dict[int, int]) -> tuple[str, object]:
     if isinstance(argument, Tensor):
         return "buffer", numbers[id(argument)]
+    if isinstance(argument, tuple):
+        return "buffers", [numbers[id(tensor)] for tensor in argument]
     if argument is None:
         return "null", None
     return ("float" if isinstance(argument, float) else "int"), argument

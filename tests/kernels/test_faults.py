@@ -5,27 +5,19 @@ threads, and any of them may notice. Those with another watch pass there, as the
 a GPU, or do nothing but spoil memory that is somebody else's.
 """
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.kernels.build import KERNELS, Variant
+from tests.kernels import all_reduce_faults, linear_faults
+from tests.kernels.build import Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
-from tests.kernels.launch import FORWARD, ORDERS, RANDOM
+from tests.kernels.faults import Fault, first_complaint, sources_with, start_building
 from tests.kernels.logprob_cases import gradient_case, statistics_case
-
-ONE_FORMAT = (
-    ("include/numeric.h", "return run(static_cast<float*>(nullptr));", "break;"),
-    ("include/numeric.h", "return run(static_cast<Float16*>(nullptr));", "break;"),
-    ("include/numeric.h", "return run(std::integral_constant<int, 64>{});", "return 1;"),
-    ("include/numeric.h", "return run(std::integral_constant<int, 96>{});", "return 1;"),
-    ("include/numeric.h", "return run(std::integral_constant<int, 128>{});", "return 1;"),
-)
-"""Leaves bf16 and a head size of 80, so that a fault compiles in a second."""
 
 NORM, APPEND, DECODE = "bias_residual_layer_norm", "kv_append", "paged_attention_decode"
 LOGPROBS = "token_logprobs"
@@ -43,25 +35,9 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
         lambda: statistics_case(torch.bfloat16, width=2056, padding=3),
         lambda: gradient_case(torch.bfloat16, width=264, padding=3),
     ),
+    **linear_faults.CASES,
+    **all_reduce_faults.CASES,
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A change of one place in the sources."""
-
-    name: str
-    kernel: str
-    old: str
-    new: str
-    file: str | None = None
-    """Relative to `kernels`; None for the kernel itself."""
-    watch: Variant = Variant.PLAIN
-
-    @property
-    def path(self) -> str:
-        return self.file or f"cuda/{self.kernel}.cu"
-
 
 FAULTS = (
     # Synchronisation.
@@ -205,38 +181,35 @@ FAULTS = (
         "< kNegligible ? kNegligible :",
         "< -1e39 ? 0.0f :",
     ),
+    *linear_faults.FAULTS,
+    *all_reduce_faults.FAULTS,
 )
 
 
-def sources_with(fault: Fault, folder: Path) -> Path:
-    """A copy of the sources with the fault; returns the kernel."""
-    shutil.copytree(KERNELS, folder / "kernels")
-    for path, old, new in (*ONE_FORMAT, (fault.path, fault.old, fault.new)):
-        file = folder / "kernels" / path
-        text = file.read_text()
-        assert old in text, f"{path} has changed: {old!r} is no longer in it"
-        file.write_text(text.replace(old, new))
-    return folder / "kernels" / "cuda" / f"{fault.kernel}.cu"
-
-
-def first_complaint(kernel: str, source: Path, variant: Variant, folder: Path) -> str:
-    """What any of the runs finds, "" if none finds anything."""
-    orders = {Variant.PLAIN: ORDERS, Variant.ASAN: (FORWARD,), Variant.TSAN: (RANDOM,)}[variant]
-    for make in CASES[kernel]:
-        for order in orders:
-            found = make().fault_isolated(order, variant=variant, folder=folder, source=source)
-            if found:
-                return found
-    return ""
+@pytest.fixture(scope="module")
+def building(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Fault, "Future[Path]"]:
+    """All faults that this session looks at, on their way through the compiler."""
+    wanted = [
+        item.callspec.params["fault"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "building" in item.fixturenames
+    ]
+    return start_building(wanted, tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_the_fault_is_caught(fault: Fault, tmp_path: Path) -> None:
-    source = sources_with(fault, tmp_path)
-    assert first_complaint(fault.kernel, source, fault.watch, tmp_path)
+def test_the_fault_is_caught(
+    fault: Fault, building: dict[Fault, "Future[Path]"], tmp_path: Path
+) -> None:
+    source = building[fault].result()
+    cases = CASES[fault.cases or fault.kernel]
+    assert first_complaint(cases, source, fault.watch, tmp_path)
 
 
-@pytest.mark.parametrize("kernel", CASES)
-def test_without_a_fault_the_same_runs_find_nothing(kernel: str, tmp_path: Path) -> None:
-    source = sources_with(Fault("none", kernel, "#include", "#include"), tmp_path)
-    assert first_complaint(kernel, source, Variant.PLAIN, tmp_path) == ""
+@pytest.mark.parametrize("cases", CASES)
+def test_without_a_fault_the_same_runs_find_nothing(cases: str, tmp_path: Path) -> None:
+    fault = next(fault for fault in FAULTS if cases == (fault.cases or fault.kernel))
+    source = sources_with(replace(fault, old="#include", new="#include"), tmp_path)
+    assert first_complaint(CASES[cases], source, Variant.PLAIN, tmp_path) == ""

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.all_reduce_cases import all_reduce_case
 from tests.kernels.build import Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.launch import FORWARD, RANDOM
+from tests.kernels.linear_cases import Shape, bias_relu_case, linear_case
 from tests.kernels.logprob_cases import gradient_case, statistics_case
 
 TINY: dict[str, Callable[[], Case]] = {
@@ -28,6 +30,19 @@ TINY: dict[str, Callable[[], Case]] = {
     ),
     "statistics": lambda: statistics_case(torch.bfloat16, width=264, tokens=2),
     "gradient": lambda: gradient_case(torch.bfloat16, width=264, tokens=2),
+    "product in one split": lambda: linear_case(
+        torch.bfloat16, Shape(tokens=11, outputs=24, width=72, tiles=2, bias=True, relu=True)
+    ),
+    "product in two splits": lambda: linear_case(
+        torch.float16, Shape(tokens=3, outputs=72, width=264, tiles=2, splits=2, interleaved=True)
+    ),
+    "product in fp32": lambda: linear_case(
+        torch.float32, Shape(tokens=3, outputs=12, width=172, splits=2, bias=True)
+    ),
+    "bias and ReLU": lambda: bias_relu_case(torch.bfloat16, tokens=2, width=136),
+    "all-reduce of three calls": lambda: all_reduce_case(
+        torch.bfloat16, ranks=3, packs=(2, 130, 3)
+    ),
 }
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megachat.errors import KernelError
 from megachat.generation.kv_cache import PagedKvCache, block_bytes
-from megachat.generation.runner import DecodeRows, ModelRunner, PackedStep, decode_model
+from megachat.generation.packed import DecodeRows, PackedStep
+from megachat.generation.runner import ModelRunner, decode_model
 from megachat.generation.weights import GenerationWeights
 from megachat.model.config import OptConfig
 from megachat.ops.decode_step import MOST_ROWS, CpuDecodeStep

@@ -14,9 +14,10 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int64_t kLine = 64;       // bytes
-constexpr int64_t kAhead = 2048;    // bytes between what is read and what is fetched
-constexpr int kChains = 12;         // of dependent operations: more than latency times units
+constexpr int64_t kLine = 64;     // bytes
+constexpr int64_t kAhead = 1024;  // bytes between what is read and what is fetched
+constexpr int kStreams = 4;       // of a thread: one alone leaves banks of the memory idle
+constexpr int kChains = 12;       // of dependent operations: more than latency times units
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint64_t Words __attribute__((vector_size(kLine)));
@@ -29,25 +30,25 @@ double now() {
 
 }  // namespace
 
-// Bytes a second at which `threads` threads read a buffer, one stream each.
+// Bytes a second at which `threads` threads read a buffer.
 extern "C" double megachat_read_ceiling(const char* buffer, int64_t bytes, int threads) {
     uint64_t found = 0;
     const double start = now();
 #pragma omp parallel num_threads(threads) reduction(+ : found)
     {
-        const int64_t share = bytes / omp_get_num_threads() / kLine * kLine;
-        const char* from = buffer + share * omp_get_thread_num();
-        Words sums[2] = {};
-        for (int64_t at = 0; at + 2 * kLine <= share; at += 2 * kLine) {
-            __builtin_prefetch(from + at + kAhead);
-            __builtin_prefetch(from + at + kAhead + kLine);
-            for (int i = 0; i < 2; ++i) {
+        const int64_t stream = bytes / omp_get_num_threads() / kStreams / kLine * kLine;
+        const char* from = buffer + kStreams * stream * omp_get_thread_num();
+        Words sums[kStreams] = {};
+        for (int64_t at = 0; at < stream; at += kLine) {
+            for (int i = 0; i < kStreams; ++i) {
+                const char* here = from + i * stream + at;
+                __builtin_prefetch(here + kAhead);
                 Words line;
-                std::memcpy(&line, from + at + i * kLine, kLine);
+                std::memcpy(&line, here, kLine);
                 sums[i] ^= line;
             }
         }
-        found += (sums[0] ^ sums[1])[0];
+        for (int i = 0; i < kStreams; ++i) found += sums[i][0];
     }
     const double seconds = now() - start;
     volatile uint64_t kept = found;  // or the compiler would leave the reading out

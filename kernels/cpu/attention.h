@@ -97,7 +97,8 @@ inline void mix_page(const float* scores, int64_t score_stride, const T* values,
     }
     if (i == pages.dim) return;
     for (int64_t token = 0; token < tokens; ++token) {
-        const Floats part = load_first(values + token * stride + i, static_cast<int>(pages.dim - i));
+        const int rest = static_cast<int>(pages.dim - i);
+        const Floats part = load_first(values + token * stride + i, rest);
         for (int q = 0; q < Queries; ++q) {
             float* to = mixed + q * width + i;
             store(to, load(to) + part * all(scores[q * score_stride + token]));
@@ -194,7 +195,8 @@ template <class T, class Before>
 void decode(Team& team, const T* query, const T* keys, const T* values, const Rows& rows,
             const Pages& pages, T* out, const Before& before) {
     // Few rows leave threads without work: then the heads of a row are shared out as well.
-    const int64_t wanted = std::max<int64_t>(1, 8 * team.threads() / std::max<int64_t>(1, rows.count));
+    const int64_t some = std::max<int64_t>(1, rows.count);
+    const int64_t wanted = std::max<int64_t>(1, 8 * team.threads() / some);
     const int64_t share = std::max<int64_t>(1, pages.heads / std::min(wanted, pages.heads));
     const int64_t shares = (pages.heads + share - 1) / share;
     const int64_t row_stride = pages.heads * pages.dim;

@@ -158,14 +158,13 @@ inline Floats fold_two(Floats a, Floats b, std::integer_sequence<int, I...>) {
 template <int Step>
 inline void fold(Floats* x, int count) {
     for (int i = 0; i < count; i += 2) {
-        x[i / 2] =
-            fold_two<Step>(x[i], x[i + 1], std::make_integer_sequence<int, kLanes>{});
+        x[i / 2] = fold_two<Step>(x[i], x[i + 1], std::make_integer_sequence<int, kLanes>{});
     }
     if constexpr (Step > 1) fold<Step / 2>(x, count / 2);
 }
 
-// The sums of at most kLanes vectors in one, each added up in the order of `sum`; that of x[i] is in
-// lane `lane_of_sum(i)`. Folding a vector's halves onto each other fills half a register: two
+// The sums of at most kLanes vectors in one, each added up in the order of `sum`; that of x[i] is
+// in lane `lane_of_sum(i)`. Folding a vector's halves onto each other fills half a register: two
 // vectors are folded at once, then four, and so on.
 template <int Count>
 inline Floats sums_of(const Floats* x) {

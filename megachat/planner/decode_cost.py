@@ -41,11 +41,12 @@ class Shares:
 
 
 SHARES = {
-    "fp32": Shares(read=0.9, product=0.75, attention=0.2, unhidden=0.3),
-    "bf16": Shares(read=0.9, product=0.62, attention=0.2, unhidden=0.3),
+    "fp32": Shares(read=0.9, product=0.62, attention=0.08, unhidden=0.15),
+    "bf16": Shares(read=0.9, product=0.62, attention=0.05, unhidden=0.15),
 }
-PHASE_SECONDS = 1.0e-6
-"""From the end of one phase to the beginning of the next."""
+"""bf16 values take two instructions more each before they can be multiplied."""
+PHASE_SECONDS = 5e-6
+"""From the end of one phase to the beginning of the next: the slower thread, and the barrier."""
 CALL_SECONDS = 60e-6
 """Python, once a step."""
 

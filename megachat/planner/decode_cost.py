@@ -41,8 +41,8 @@ class Shares:
 
 
 SHARES = {
-    "fp32": Shares(read=0.9, product=0.62, attention=0.08, unhidden=0.15),
-    "bf16": Shares(read=0.9, product=0.62, attention=0.05, unhidden=0.15),
+    "fp32": Shares(read=0.68, product=0.62, attention=0.08, unhidden=0.15),
+    "bf16": Shares(read=0.68, product=0.62, attention=0.065, unhidden=0.15),
 }
 """bf16 values take two instructions more each before they can be multiplied."""
 PHASE_SECONDS = 5e-6

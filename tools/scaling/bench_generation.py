@@ -10,25 +10,33 @@ others use, only the shares and ratios of one run mean something.
 """
 
 import importlib
-import inspect
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
+from benchmark import (
+    DTYPES,
+    Ceilings,
+    command_of,
+    machine_state,
+    measure_ceilings,
+    random_prompts,
+    report,
+    run_benchmark,
+)
 from pydantic import Field
 from torch import Tensor
 
 from megachat.checkpoint.huggingface import load_huggingface, read_config
 from megachat.checkpoint.writer import save_huggingface
 from megachat.config import ConfigModel, build_config
-from megachat.errors import ConfigError, MegachatError
+from megachat.errors import ConfigError
 from megachat.generation.generator import GenerationConfig, Generator
 from megachat.generation.kv_cache import block_bytes
 from megachat.generation.sampling import SamplingConfig
@@ -36,19 +44,15 @@ from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
 from megachat.parallel.groups import ProcessGroups
-from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
+from megachat.parallel.launch import Worker, num_cores
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch
-from megachat.telemetry.machine import CPU_INFO, processor_name
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OURS = "megachat"
 PEERS = ("transformers", "reference")
 """HuggingFace's `generate`, and megachat's own engine on plain torch."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """CPU time, with one thread, leaves out what other processes of a busy machine take."""
-_READ_BYTES = 1 << 28
-_GEMM_SIZE = 1024
 
 
 class Settings(ConfigModel):
@@ -98,16 +102,6 @@ class Result:
     decode_ms_per_step: float | None
     bandwidth_share: float | None
     """Bytes that a decode step cannot but read, over what the memory delivers in its time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ceilings:
-    """What this machine did in the same run, the best of several tries."""
-
-    read_gb_s: float
-    """10^9 bytes a second, reading a buffer much larger than the caches."""
-    gemm_tflop_s: float
-    """10^12 operations a second in a large product of the run's dtype."""
 
 
 Run = Callable[[], tuple[Timing, Tensor]]
@@ -200,22 +194,6 @@ def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) 
     return run
 
 
-def measure_ceilings(dtype: torch.dtype, clock: Callable[[], float]) -> Ceilings:
-    """One try at both limits, with torch's present number of threads."""
-    buffer = torch.ones(_READ_BYTES // 4)
-    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
-    seconds = []
-    for action in (buffer.sum, lambda: left @ right):
-        action()
-        start = clock()
-        action()
-        seconds.append(clock() - start)
-    return Ceilings(
-        read_gb_s=_READ_BYTES / seconds[0] / 1e9,
-        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
-    )
-
-
 def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     """Measures, and writes the results."""
     torch.set_num_threads(settings.threads)
@@ -229,7 +207,9 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     )
     if settings.weights is not None:
         load_huggingface(model, Path(settings.weights))
-    prompts = _prompts(settings)
+    prompts = random_prompts(
+        settings.config.vocab_size, batch=settings.batch, length=settings.prompt
+    )
     engines = {OURS: megachat_engine(model, prompts, settings, backend=Backend.CPU)}
     if "reference" in settings.peer:
         engines["reference"] = megachat_engine(model, prompts, settings, backend=Backend.REFERENCE)
@@ -238,16 +218,13 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         save_huggingface(model, folder)
         engines["transformers"] = transformers_engine(folder, prompts, settings)
     answers = {name: run()[1] for name, run in engines.items()}  # the first run warms up
-    ceilings = [measure_ceilings(dtype, CLOCKS[settings.clock])]
+    ceilings = [measure_ceilings(dtype, clock=CLOCKS[settings.clock])]
     timings: dict[str, list[Timing]] = {name: [] for name in engines}
     for _ in range(settings.repeats):
         for name, run in engines.items():
             timings[name].append(run()[0])
-        ceilings.append(measure_ceilings(dtype, CLOCKS[settings.clock]))
-    best = Ceilings(
-        read_gb_s=max(each.read_gb_s for each in ceilings),
-        gemm_tflop_s=max(each.gemm_tflop_s for each in ceilings),
-    )
+        ceilings.append(measure_ceilings(dtype, clock=CLOCKS[settings.clock]))
+    best = Ceilings.best_of(ceilings)
     results = [_result(name, timings[name], settings, best) for name in engines]
     first = results[0]
     summary = {
@@ -262,20 +239,9 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         },
         "step_bytes": minimal_step_bytes(settings),
         "settings": settings.model_dump(mode="json"),
-        "processor": processor_name(CPU_INFO),
-        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+        **machine_state(),
     }
     Path(output).write_text(json.dumps(summary), encoding="utf-8")
-
-
-def _prompts(settings: Settings) -> PromptBatch:
-    generator = torch.Generator().manual_seed(0)
-    size = (settings.batch, settings.prompt)
-    return PromptBatch(
-        tokens=torch.randint(4, settings.config.vocab_size, size, generator=generator),
-        lengths=torch.full((settings.batch,), settings.prompt),
-        ids=torch.arange(settings.batch),
-    )
 
 
 def _result(name: str, timings: list[Timing], settings: Settings, ceilings: Ceilings) -> Result:
@@ -322,58 +288,24 @@ def show(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Runs all engines and returns what was measured.
 
     Raises:
-        MegachatError: The model cannot be read, or the kernels cannot be built.
+        MegachatError: An option is wrong, the model cannot be read, or the kernels cannot be built.
     """
-    config = LaunchConfig(processes=1, device="cpu", threads=settings.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "summary.json")
-        launch(config, run_rank, settings, str(output))
-        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return summary
+    settings = build_config(Settings, options, source="the command line")
+    if settings.random_weights == (settings.weights is not None):
+        raise ConfigError("give either --random-weights or --weights HF_FOLDER")
+    if not set(settings.peer) <= set(PEERS):
+        raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
+    return run_benchmark(run_rank, settings, threads=settings.threads)
 
 
 def main(*, as_json: bool, **options: Any) -> None:
     """Times generation on the CPU."""
-    try:
-        settings = build_config(Settings, options, source="the command line")
-        if settings.random_weights == (settings.weights is not None):
-            raise ConfigError("give either --random-weights or --weights HF_FOLDER")
-        if not set(settings.peer) <= set(PEERS):
-            raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
-        summary = measure(settings)
-    except MegachatError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(json.dumps(summary) if as_json else show(summary))
-
-
-def _command() -> Callable[..., None]:
-    """`main` with an option for each field of `Settings`."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(
-            name,
-            keyword,
-            default=field.get_default(call_default_factory=True),
-            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
-        )
-        for name, field in Settings.model_fields.items()
-    ]
-    flag = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
-    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=flag))
-
-    def command(**options: Any) -> None:
-        main(**options)
-
-    command.__doc__ = main.__doc__
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    vars(command)["__signature__"] = inspect.Signature(parameters)
-    return command
+    report(lambda: measure(options), show, as_json=as_json)
 
 
 if __name__ == "__main__":
-    typer.run(_command())
+    typer.run(command_of(Settings, main))

@@ -10,7 +10,6 @@ The ceilings, reading memory and multiplying and adding in registers, are measur
 import ctypes
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -19,12 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from benchmark import DTYPES, machine_state, report, run_benchmark
 from pydantic import Field
 from torch import Tensor
 
 from megachat.checkpoint.huggingface import read_config
 from megachat.config import ConfigModel, build_config
-from megachat.errors import MegachatError
 from megachat.model.config import POSITION_OFFSET, OptConfig
 from megachat.ops.build import Recipe, load_library
 from megachat.ops.decode_step import MOST_ROWS, CpuDecodeStep, DecodeLayer, DecodeModel
@@ -34,12 +33,10 @@ from megachat.ops.registry import Backend
 from megachat.ops.sample import DrawRules, sample
 from megachat.ops.tiled_linear import tiled_linear
 from megachat.parallel.groups import ProcessGroups
-from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
+from megachat.parallel.launch import Worker, num_cores
 from megachat.parallel.layout import ParallelLayout
 from megachat.planner.decode_cost import SHARES, Limits, predict, work_of
-from megachat.telemetry.machine import CPU_INFO, processor_name
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _READ_BYTES = 1 << 28
 _FMA_ROUNDS = 10_000_000
 _SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "bench"
@@ -350,8 +347,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         "ops": [asdict(row) for row in ops],
         "steps": [asdict(row) for row in steps],
         "settings": settings.model_dump(mode="json"),
-        "processor": processor_name(CPU_INFO),
-        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+        **machine_state(),
     }
     Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
@@ -381,18 +377,14 @@ def show(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(values: dict[str, Any]) -> dict[str, Any]:
     """Runs everything and returns what was measured.
 
     Raises:
-        MegachatError: The model is unknown, or the kernels cannot be built.
+        MegachatError: An option is wrong, the model is unknown, or the kernels cannot be built.
     """
-    config = LaunchConfig(processes=1, device="cpu", threads=settings.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "summary.json")
-        launch(config, run_rank, settings, str(output))
-        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return summary
+    settings = build_config(Settings, values, source="the command line")
+    return run_benchmark(run_rank, settings, threads=settings.threads)
 
 
 def main(
@@ -413,12 +405,7 @@ def main(
         "threads": threads or num_cores(),
         "repeats": repeats,
     }
-    try:
-        summary = measure(build_config(Settings, values, source="the command line"))
-    except MegachatError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(json.dumps(summary) if as_json else show(summary))
+    report(lambda: measure(values), show, as_json=as_json)
 
 
 if __name__ == "__main__":

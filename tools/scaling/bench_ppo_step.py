@@ -11,11 +11,9 @@ of TRL's PPO trainer on the same weights and prompts take turns with ours; nothi
 """
 
 import contextlib
-import inspect
 import json
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +22,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from benchmark import (
+    DTYPES,
+    Ceilings,
+    command_of,
+    machine_state,
+    measure_ceilings,
+    random_prompts,
+    report,
+    run_benchmark,
+)
 from pydantic import Field
 
 from megachat.checkpoint.huggingface import read_config
 from megachat.checkpoint.writer import save_huggingface
 from megachat.config import ConfigModel, build_config
-from megachat.errors import ConfigError, MegachatError
+from megachat.errors import ConfigError
 from megachat.generation.generator import GenerationConfig
 from megachat.generation.kv_cache import block_bytes
 from megachat.generation.sampling import SamplingConfig
@@ -38,7 +46,7 @@ from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
 from megachat.parallel.groups import ProcessGroups
-from megachat.parallel.launch import LaunchConfig, Worker, launch, num_cores
+from megachat.parallel.launch import Worker, num_cores
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch
 from megachat.rlhf.config import OldLogprobs, PpoConfig
@@ -46,21 +54,17 @@ from megachat.rlhf.engine import RLHFEngine
 from megachat.rlhf.ppo import PPOTrainer
 from megachat.stages.rlhf import ppo_step
 from megachat.telemetry.flops import TransformerShape, decode_bytes, forward_flops
-from megachat.telemetry.machine import CPU_INFO, processor_name
 from megachat.telemetry.metrics import NullMetricsWriter
 from megachat.telemetry.timers import PhaseTimers
 from megachat.training.engine import ForwardEngine, TrainEngine
 from megachat.training.schedules import OptimizerConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEER_SCRIPT = Path(__file__).with_name("trl_ppo_step.py")
 OURS, PEER = "megachat", "trl"
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 WHOLE = "whole step"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
 BLOCK_SIZE = 16
-_READ_BYTES = 1 << 28
-_GEMM_SIZE = 1024
 _TRIES = 5
 
 
@@ -88,16 +92,6 @@ class Settings(ConfigModel):
     def config(self) -> OptConfig:
         """Architecture."""
         return read_config(self.model)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ceilings:
-    """What this machine did in the same run, the best of several tries."""
-
-    read_gb_s: float
-    """10^9 bytes a second, reading a buffer much larger than the caches."""
-    gemm_tflop_s: float
-    """10^12 operations a second in a large product of the run's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,29 +205,14 @@ def build_trainer(settings: Settings, timers: PhaseTimers) -> PPOTrainer:
     )
 
 
-def measure_ceilings(dtype: torch.dtype) -> Ceilings:
-    """The best of a few tries at both limits, with torch's present number of threads."""
-    buffer = torch.ones(_READ_BYTES // 4)
-    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
-    seconds = []
-    for action in (buffer.sum, lambda: left @ right):
-        tries = []
-        for _ in range(_TRIES):
-            start = time.perf_counter()
-            action()
-            tries.append(time.perf_counter() - start)
-        seconds.append(min(tries))
-    return Ceilings(
-        read_gb_s=_READ_BYTES / seconds[0] / 1e9,
-        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
-    )
-
-
 def run_rank(_worker: Worker, settings: Settings, output: str) -> None:
     """Measures, and writes the results."""
     torch.set_num_threads(settings.threads)
     timers = PhaseTimers()
-    trainer, prompts = build_trainer(settings, timers), _prompts(settings)
+    trainer = build_trainer(settings, timers)
+    prompts = random_prompts(
+        settings.config.vocab_size, batch=settings.batch, length=settings.prompt
+    )
     metrics = NullMetricsWriter()
     folder = Path(output).parent
     seconds: dict[str, list[float]] = {}
@@ -250,22 +229,18 @@ def run_rank(_worker: Worker, settings: Settings, output: str) -> None:
             ppo_step(trainer, prompts, step=number, metrics=metrics)
             found = {WHOLE: time.perf_counter() - start} | timers.totals()
             theirs = peer_step() if peer_step is not None else None
-            ceilings.append(measure_ceilings(DTYPES[settings.dtype]))
+            ceilings.append(measure_ceilings(DTYPES[settings.dtype], tries=_TRIES))
             if number:
                 for name, value in found.items():
                     seconds.setdefault(name, []).append(value)
                 peer_seconds += [] if theirs is None else [theirs]
-    best = Ceilings(
-        read_gb_s=max(each.read_gb_s for each in ceilings),
-        gemm_tflop_s=max(each.gemm_tflop_s for each in ceilings),
-    )
+    best = Ceilings.best_of(ceilings)
     summary = {
         "phases": _phases(settings, seconds, best),
         "ceilings": asdict(best),
         "peer": _spread(peer_seconds) if peer_seconds else None,
         "settings": settings.model_dump(mode="json"),
-        "processor": processor_name(CPU_INFO),
-        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+        **machine_state(),
     }
     Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
@@ -288,16 +263,6 @@ def _spread(values: list[float]) -> dict[str, float]:
         "fastest_seconds": min(values),
         "slowest_seconds": max(values),
     }
-
-
-def _prompts(settings: Settings) -> PromptBatch:
-    generator = torch.Generator().manual_seed(0)
-    size = (settings.batch, settings.prompt)
-    return PromptBatch(
-        tokens=torch.randint(4, settings.config.vocab_size, size, generator=generator),
-        lengths=torch.full((settings.batch,), settings.prompt),
-        ids=torch.arange(settings.batch),
-    )
 
 
 def _save_models(trainer: PPOTrainer, prompts: PromptBatch, folder: Path) -> None:
@@ -377,54 +342,22 @@ def _line(name: str, row: Mapping[str, float | None]) -> str:
     return line if limit is None else f"{line}{limit:8.3f}{limit / seconds:10.0%}"
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Runs the steps and returns what was measured.
 
     Raises:
-        MegachatError: There is no such model, the kernels cannot be built, or the peer fails.
+        MegachatError: An option is wrong, there is no such model, the kernels cannot be built, or
+            the peer fails.
     """
-    _ = settings.config
-    config = LaunchConfig(processes=1, device="cpu", threads=settings.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "summary.json")
-        launch(config, run_rank, settings, str(output))
-        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return summary
+    settings = build_config(Settings, options, source="the command line")
+    _ = settings.config  # an unknown model is refused before anything starts
+    return run_benchmark(run_rank, settings, threads=settings.threads)
 
 
 def main(*, as_json: bool, **options: Any) -> None:
     """Times one PPO step on the CPU."""
-    try:
-        summary = measure(build_config(Settings, options, source="the command line"))
-    except MegachatError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(json.dumps(summary) if as_json else show(summary))
-
-
-def _command() -> Callable[..., None]:
-    """`main` with an option for each field of `Settings`."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(
-            name,
-            keyword,
-            default=field.get_default(call_default_factory=True),
-            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
-        )
-        for name, field in Settings.model_fields.items()
-    ]
-    flag = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
-    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=flag))
-
-    def command(**options: Any) -> None:
-        main(**options)
-
-    command.__doc__ = main.__doc__
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    vars(command)["__signature__"] = inspect.Signature(parameters)
-    return command
+    report(lambda: measure(options), show, as_json=as_json)
 
 
 if __name__ == "__main__":
-    typer.run(_command())
+    typer.run(command_of(Settings, main))

@@ -11,7 +11,6 @@ import ctypes
 import importlib
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,10 +21,11 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from benchmark import DTYPES, report, run_benchmark
 from torch import Tensor, nn
 
 from megachat.config import ConfigModel
-from megachat.errors import ConfigError, MegachatError
+from megachat.errors import ConfigError
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
 from megachat.parallel.collectives import (
@@ -39,13 +39,12 @@ from megachat.parallel.collectives import (
     start_gather,
 )
 from megachat.parallel.groups import GenerationGroups, ProcessGroups
-from megachat.parallel.launch import LaunchConfig, Worker, launch
+from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder
 from megachat.reshard.plan import plan_for_model
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OURS, RAW = "megachat", "raw all-gather"
 
 
@@ -410,20 +409,6 @@ def show(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Starts the ranks and returns what they measured.
-
-    Raises:
-        MegachatError: The layouts do not fit.
-    """
-    config = LaunchConfig(processes=settings.source.world_size, device="cpu", threads=1)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "summary.json")
-        launch(config, run_rank, settings, str(output))
-        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return summary
-
-
 def main(
     train: Annotated[str, typer.Option(help="Tensor, pipeline, data degree.")] = "2,2,1",
     generate: Annotated[int, typer.Option(help="Tensor degree of generation.")] = 2,
@@ -434,7 +419,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Prints JSON.")] = False,
 ) -> None:
     """Times ways to turn training weights into generation weights."""
-    try:
+
+    def measure() -> dict[str, Any]:
         degrees = [int(part) for part in train.split(",")]
         if len(degrees) != 3 or dtype not in DTYPES or hidden % 64:
             raise ConfigError(
@@ -449,11 +435,9 @@ def main(
             dtype=dtype,
             repeats=repeats,
         )
-        summary = measure(settings)
-    except MegachatError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(json.dumps(summary) if as_json else show(summary))
+        return run_benchmark(run_rank, settings, processes=settings.source.world_size, threads=1)
+
+    report(measure, show, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""The one place for what the benchmarks of this folder share: options, limits, start, output.
+
+Scripts import it by its bare name, since a script's own folder is where Python looks first.
+"""
+
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+import typer
+
+from megachat.config import ConfigModel
+from megachat.errors import MegachatError
+from megachat.parallel.launch import LaunchConfig, launch
+from megachat.records import PromptBatch
+from megachat.telemetry.machine import CPU_INFO, processor_name
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+READ_BYTES = 1 << 28
+"""Of the buffer that is read: much more than any cache holds."""
+_GEMM_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ceilings:
+    """What this machine did in the same run, the best of several tries."""
+
+    read_gb_s: float
+    """10^9 bytes a second, reading a buffer much larger than the caches."""
+    gemm_tflop_s: float
+    """10^12 operations a second in a large product of the run's dtype."""
+
+    @classmethod
+    def best_of(cls, tries: Iterable["Ceilings"]) -> Self:
+        """The largest of each."""
+        pairs = [(each.read_gb_s, each.gemm_tflop_s) for each in tries]
+        read, gemm = (max(values) for values in zip(*pairs, strict=True))
+        return cls(read_gb_s=read, gemm_tflop_s=gemm)
+
+
+def measure_ceilings(
+    dtype: torch.dtype, *, clock: Callable[[], float] = time.perf_counter, tries: int = 1
+) -> Ceilings:
+    """The best of some tries at both limits, with torch's present number of threads."""
+    buffer = torch.ones(READ_BYTES // 4)
+    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    seconds = []
+    for action in (buffer.sum, lambda: left @ right):
+        action()
+        found = []
+        for _ in range(tries):
+            start = clock()
+            action()
+            found.append(clock() - start)
+        seconds.append(min(found))
+    return Ceilings(
+        read_gb_s=READ_BYTES / seconds[0] / 1e9,
+        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
+    )
+
+
+def random_prompts(vocab_size: int, *, batch: int, length: int) -> PromptBatch:
+    """Prompts of equal length, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return PromptBatch(
+        tokens=torch.randint(4, vocab_size, (batch, length), generator=generator),
+        lengths=torch.full((batch,), length),
+        ids=torch.arange(batch),
+    )
+
+
+def machine_state() -> dict[str, Any]:
+    """What a result must be read with: the processor, and how busy it was."""
+    return {
+        "processor": processor_name(CPU_INFO),
+        "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
+    }
+
+
+def run_benchmark(
+    run_rank: Callable[..., None], settings: ConfigModel, *, processes: int = 1, threads: int
+) -> dict[str, Any]:
+    """Starts the ranks on CPUs and returns the summary that they write.
+
+    Args:
+        run_rank: Called as `run_rank(worker, settings, output)`; one rank writes JSON to `output`.
+        settings: What is measured.
+        processes: Number of ranks.
+        threads: Of each rank.
+
+    Raises:
+        MegachatError: What the first failing rank raised.
+    """
+    config = LaunchConfig(processes=processes, device="cpu", threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "summary.json")
+        launch(config, run_rank, settings, str(output))
+        summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return summary
+
+
+def report(
+    measure: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], str], *, as_json: bool
+) -> None:
+    """Prints what was measured, as JSON or as `show` says; an error as one line and status 2."""
+    try:
+        summary = measure()
+    except MegachatError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps(summary) if as_json else show(summary))
+
+
+def command_of(settings: type[ConfigModel], main: Callable[..., None]) -> Callable[..., None]:
+    """`main` with an option for each field of the settings, and `--json` as `as_json`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(
+            name,
+            keyword,
+            default=field.get_default(call_default_factory=True),
+            annotation=Annotated[field.annotation, typer.Option(help=field.description)],
+        )
+        for name, field in settings.model_fields.items()
+    ]
+    flag = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
+    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=flag))
+
+    def command(**options: Any) -> None:
+        main(**options)
+
+    command.__doc__ = main.__doc__
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    return command

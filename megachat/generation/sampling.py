@@ -150,6 +150,7 @@ class Sampler:
             )
         self._stop_ids = tuple(stop_ids)
         self._suppressed_ids = tuple(suppressed_ids)
+        self._rules: dict[tuple[int, torch.device], DrawRules] = {}
 
     @property
     def needs_history(self) -> bool:
@@ -171,7 +172,7 @@ class Sampler:
             ConfigError: There is a repetition penalty and no history.
         """
         logits = logits[:, : self._size]
-        rules = self._rules(logits)
+        rules = self._rules_for(logits)
         if self._is_plain:
             return self._combine(self._sample(logits, keys, positions, rules))
         scaled = scale(logits, rules.temperature)
@@ -181,23 +182,26 @@ class Sampler:
         drawn = choose(choice, scaled, keys=keys, positions=positions, rules=rules)
         return self._combine(drawn)
 
-    def _rules(self, logits: Tensor) -> DrawRules:
-        """Columns of the ids in this rank's slice."""
-        suppressed, stops = (
-            torch.tensor(
-                [id - self._start for id in ids if 0 <= id - self._start < logits.shape[1]],
-                dtype=torch.int64,
-                device=logits.device,
+    def _rules_for(self, logits: Tensor) -> DrawRules:
+        """The rules over columns of this rank's slice, made once for each width and device."""
+        place = logits.shape[1], logits.device
+        if place not in self._rules:
+            suppressed, stops = (
+                torch.tensor(
+                    [id - self._start for id in ids if 0 <= id - self._start < place[0]],
+                    dtype=torch.int64,
+                    device=place[1],
+                )
+                for ids in (self._suppressed_ids, self._stop_ids)
             )
-            for ids in (self._suppressed_ids, self._stop_ids)
-        )
-        return DrawRules(
-            temperature=self._config.temperature,
-            suppressed=suppressed,
-            stops=stops,
-            min_new_tokens=self._config.min_new_tokens,
-            first_group=self._start // GROUP_TOKENS,
-        )
+            self._rules[place] = DrawRules(
+                temperature=self._config.temperature,
+                suppressed=suppressed,
+                stops=stops,
+                min_new_tokens=self._config.min_new_tokens,
+                first_group=self._start // GROUP_TOKENS,
+            )
+        return self._rules[place]
 
     def _penalize(self, scaled: Tensor, history: History | None) -> Tensor:
         """A copy of the logits in which tokens that were said are less likely."""

@@ -26,8 +26,6 @@ _GROUP_STREAM, _TOKEN_STREAM = 0, 1
 class DrawRules:
     """What is the same for all rows."""
 
-    temperature: float
-    """Divides the logits; 0 takes the largest."""
     suppressed: Tensor
     """[n] int64 columns that are never chosen."""
     stops: Tensor
@@ -36,6 +34,8 @@ class DrawRules:
     """Where `positions + 1` is below it, it is too early for a stop."""
     first_group: int
     """Number of the first column's group in the whole vocabulary, which names its noise."""
+    temperature: float
+    """Divides the logits; 0 takes the largest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

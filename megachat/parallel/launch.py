@@ -8,6 +8,7 @@ A rank that fails ends the whole job, and the parent raises what that rank raise
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -201,7 +202,7 @@ def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: An
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
         max_restarts=0,
-        start_method="spawn",
+        start_method=_start_method(config, entry),
         local_addr=_LOOPBACK if config.nodes == 1 else None,
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=2,  # a rank that lost a peer has nothing to save
@@ -218,6 +219,19 @@ def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: An
             raise LaunchError(
                 f"cannot start the job at {endpoint}: {_first_line(error)}"
             ) from error
+
+
+def _start_method(config: LaunchConfig, entry: Callable[..., None]) -> str:
+    """How the ranks of this node come to be.
+
+    On the CPU they are forked from one server process that has imported the entry's module, which
+    costs seconds, once for all of them. CUDA does not survive a fork, so its ranks are spawned.
+    """
+    if select_device(config.device).type == "cuda":
+        return "spawn"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+    multiprocessing.set_forkserver_preload([entry.__module__])
+    return "forkserver"
 
 
 def _endpoint(config: LaunchConfig) -> str:

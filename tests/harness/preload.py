@@ -10,11 +10,9 @@ import warnings
 warnings.filterwarnings("ignore")
 
 import deepspeed  # noqa: E402, F401
-import megatron.core.models.common.language_module.language_module  # noqa: E402, F401
-import megatron.core.pipeline_parallel.schedules  # noqa: E402, F401
-import megatron.core.transformer.transformer_block  # noqa: E402, F401
 import torch  # noqa: E402
-import torch.distributed  # noqa: E402, F401
 from transformers.models.opt import modeling_opt  # noqa: E402, F401
+
+import megachat.stages.run  # noqa: E402, F401
 
 torch.set_num_threads(1)

@@ -76,14 +76,20 @@ def _command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "megachat.cli.main", "train", "--config", str(example), *options]
 
 
+def _children(process: int) -> list[int]:
+    """Child processes, the oldest first."""
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return sorted(int(child) for child in listed)
+
+
 def _ranks_of(launcher: int) -> list[int]:
-    """Processes of the ranks that a launcher has started, by number of the process."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [
-        int(child)
-        for child in sorted(children, key=int)
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
+    """Processes of the ranks that a launcher has started: children of its fork server."""
+    (server,) = (
+        child
+        for child in _children(launcher)
+        if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    return _children(server)
 
 
 def test_a_rank_that_the_system_kills_ends_the_command_with_one_line_and_status_2(

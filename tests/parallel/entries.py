@@ -1,4 +1,4 @@
-"""What the started ranks of the launch tests do; imported afresh by each of them."""
+"""What the started ranks of the launch tests do."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def report(worker: Worker, folder: Path) -> None:
     (folder / str(worker.rank)).write_text(f"{words} {threads} {dist.get_backend()}")
 
 
-def fail(worker: Worker, folder: Path, how: str) -> None:
+def fail(worker: Worker, folder: Path, how: str, launcher: int) -> None:
     """Rank 1 ends in one of several ways while the others wait for it in a collective."""
     (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
     dist.barrier()
@@ -34,7 +34,7 @@ def fail(worker: Worker, folder: Path, how: str) -> None:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "end the launcher":
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(launcher, signal.SIGTERM)
             dist.barrier()
         os._exit(7)
     dist.all_reduce(torch.zeros(1))

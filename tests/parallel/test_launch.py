@@ -79,7 +79,7 @@ def test_the_first_failure_of_a_rank_is_raised_here_and_ends_the_others(
 ) -> None:
     """Rank 0 is inside a collective that breaks down with its peer; that must not be the news."""
     with pytest.raises(MegachatError) as caught:
-        launch(TWO, entries.fail, tmp_path, how)
+        launch(TWO, entries.fail, tmp_path, how, os.getpid())
     waited = time.time() - float((tmp_path / "failed").read_text())
     assert type(caught.value) is kind
     assert all(part in str(caught.value) for part in words)

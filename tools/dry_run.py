@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 from megachat.cli.plan import architecture, parse_layout
 from megachat.errors import ConfigError, MegachatError
-from megachat.generation.generator import GenerationConfig
+from megachat.generation.config import GenerationConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import ModelOptions

@@ -140,13 +140,17 @@ def _run_stage(
 
 def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     """Checks the configuration, then shows it or starts the ranks."""
+    config.check()
+    if not dry_run:
+        from megachat.parallel.launch import prepare_ranks
+
+        prepare_ranks(config.launch, "megachat.stages.run")
     from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
     from megachat.stages.run import describe_run, run_stages
     from megachat.telemetry.log import set_up_logging
 
-    config.check()
     if dry_run:
         typer.echo(describe_run(config))
         return

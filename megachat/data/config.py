@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -162,3 +162,24 @@ class DataConfig(ConfigModel):
     def split_of(self, source: SourceConfig) -> tuple[float, float, float]:
         """The shares that hold for one source."""
         return self.split if source.split is None else source.split
+
+
+class SentencePieceConfig(ConfigModel):
+    """How to train a small sentencepiece unigram vocabulary."""
+
+    vocab_size: Annotated[int, Field(gt=8)] = 4096
+    """Number of pieces, the four control tokens and the markers included."""
+    character_coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9995
+    """Share of the characters of the text that get a piece; the rest becomes `<unk>`."""
+    user_defined_symbols: Annotated[tuple[str, ...], Field(strict=False)] = ("<human>", "<bot>")
+    """Markers that are always one token, in this order directly after the control tokens."""
+    bos_token: Literal["<s>", "</s>"] = "<s>"
+    """Beginning of sequence: `<s>` (id 0), or `</s>` (id 2), which OPT uses for both ends."""
+    add_bos: bool = False
+    """Whether a sequence starts with the beginning-of-sequence token."""
+    max_sentences: Annotated[int, Field(gt=0)] = 40_000
+    """Texts that are sampled for training; more costs time and memory for little gain."""
+    max_sentence_bytes: Annotated[int, Field(gt=0)] = 16_384
+    """Texts longer than this many UTF-8 bytes are left out of the training."""
+    seed: Annotated[int, Field(ge=0)] = 1234
+    """Seed of the sampling of texts."""

@@ -15,16 +15,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import sentencepiece
 import tokenizers
-from pydantic import Field
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megachat.config import ConfigModel
+from megachat.data.config import SentencePieceConfig
 from megachat.data.messages import first_line
 from megachat.errors import CheckpointError, ConfigError, DataError
 from megachat.hub import hub_is_reachable
@@ -37,27 +36,6 @@ _SOURCE_PLACE = re.compile(r"^\w+: \S+\(\d+\) (\[.*?\] )?")
 
 _SCORE_STEPS = 256.0
 """Piece scores are rounded to multiples of 1/256, see `_round_scores`."""
-
-
-class SentencePieceConfig(ConfigModel):
-    """How to train a small sentencepiece unigram vocabulary."""
-
-    vocab_size: Annotated[int, Field(gt=8)] = 4096
-    """Number of pieces, the four control tokens and the markers included."""
-    character_coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9995
-    """Share of the characters of the text that get a piece; the rest becomes `<unk>`."""
-    user_defined_symbols: Annotated[tuple[str, ...], Field(strict=False)] = ("<human>", "<bot>")
-    """Markers that are always one token, in this order directly after the control tokens."""
-    bos_token: Literal["<s>", "</s>"] = "<s>"
-    """Beginning of sequence: `<s>` (id 0), or `</s>` (id 2), which OPT uses for both ends."""
-    add_bos: bool = False
-    """Whether a sequence starts with the beginning-of-sequence token."""
-    max_sentences: Annotated[int, Field(gt=0)] = 40_000
-    """Texts that are sampled for training; more costs time and memory for little gain."""
-    max_sentence_bytes: Annotated[int, Field(gt=0)] = 16_384
-    """Texts longer than this many UTF-8 bytes are left out of the training."""
-    seed: Annotated[int, Field(ge=0)] = 1234
-    """Seed of the sampling of texts."""
 
 
 class Tokenizer:

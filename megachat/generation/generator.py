@@ -8,51 +8,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from megachat.config import ConfigModel
 from megachat.errors import CapacityError, ConfigError, DataError
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.graphs import recorder_for
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.runner import ModelRunner
-from megachat.generation.sampling import (
-    Sampler,
-    SamplingConfig,
-    VocabularySlice,
-    request_keys,
-)
+from megachat.generation.sampling import Sampler, VocabularySlice, request_keys
 from megachat.generation.session import Answers, DecodeSession, SessionStatistics
 from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
-from megachat.ops.registry import Backend
 from megachat.parallel.collectives import all_gather_rows
 from megachat.records import PromptBatch, Rollout
-
-
-class GenerationConfig(ConfigModel):
-    """How generation uses memory and time; nothing here changes an answer."""
-
-    kv_cache_gb: float = Field(
-        default=4.0,
-        gt=0,
-        description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
-        "stays untouched.",
-    )
-    block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
-    max_sequences: int = Field(default=256, ge=1, description="Answers in work at once per rank.")
-    prefill_tokens: int = Field(
-        default=4096, ge=1, description="Prompt tokens that one step computes at most."
-    )
-    backend: Backend = Field(
-        default=Backend.REFERENCE,
-        strict=False,
-        description="Who computes the operations of a step.",
-    )
-    graphs: bool = Field(
-        default=True,
-        description="Record decode steps as CUDA graphs and replay them; without meaning on a CPU.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

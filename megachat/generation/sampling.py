@@ -1,4 +1,4 @@
-"""The one place that turns logits into tokens: `SamplingConfig` and `Sampler`.
+"""The one place that turns logits into tokens: `Sampler`.
 
 The vocabulary may be cut over a tensor group; ranks exchange a few numbers a row, never logits.
 Tokens are drawn by `megachat.ops.sample`, with noise that is named by the request's key, the
@@ -8,16 +8,14 @@ on the parallel layout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from megachat.config import ConfigModel
 from megachat.errors import ConfigError
+from megachat.generation.config import SamplingConfig
 from megachat.ops.registry import Backend
 from megachat.ops.sample import GROUP_TOKENS, Drawn, DrawRules, choose, forbid, sample, scale
 from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
@@ -25,37 +23,6 @@ from megachat.parallel.rng import seed_for
 
 _DIGIT_BITS = 8
 """Width of a digit in the search for the edge of a nucleus."""
-
-
-class SamplingConfig(ConfigModel):
-    """How response tokens are chosen."""
-
-    max_new_tokens: int = Field(default=256, ge=1, description="Longest response, EOS included.")
-    min_new_tokens: int = Field(
-        default=1, ge=0, description="No stop token before this many tokens, it included."
-    )
-    temperature: float = Field(
-        default=1.0, ge=0, description="Divides the logits; 0 takes the most likely token."
-    )
-    top_k: int = Field(default=0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Keep the fewest tokens whose mass reaches p."
-    )
-    repetition_penalty: float = Field(
-        default=1.0,
-        gt=0,
-        description="Divides positive and multiplies negative logits of tokens that the prompt or "
-        "the response holds already; 1 changes nothing.",
-    )
-
-    @model_validator(mode="after")
-    def _lengths_fit(self) -> Self:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens "
-                f"{self.max_new_tokens}: lower it"
-            )
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megachat.errors import PhaseError
-from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.config import GenerationConfig
+from megachat.generation.generator import Generator
 from megachat.generation.weights import (
     GenerationLayer,
     GenerationWeights,

@@ -1,6 +1,7 @@
 """How ranks are arranged, grouped, connected and started."""
 
 import warnings
+from datetime import timedelta
 
 # megatron-core says this a dozen times at import; `model/layers.py` reports the accelerators once.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -10,3 +11,6 @@ MEGATRON_HINT = (
     "from source or uninstall it"
 )
 """What to do when megatron-core cannot be imported."""
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait for its slowest rank (a generation phase can be long)."""

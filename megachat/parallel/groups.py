@@ -6,22 +6,18 @@ groups to megatron-core (`megatron`) and to DeepSpeed (`deepspeed_mpu`).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 
 import torch.distributed as dist
 
 from megachat.errors import KernelError, LayoutError
-from megachat.parallel import MEGATRON_HINT
+from megachat.parallel import GROUP_TIMEOUT, MEGATRON_HINT
 from megachat.parallel.layout import Axis, Coordinate, GenerationPlacement, ParallelLayout
 
 try:
     from megatron.core.process_groups_config import ProcessGroupCollection
 except RuntimeError as error:  # what transformer-engine's meta wheel alone makes of the import
     raise KernelError(f"megatron-core cannot be imported ({error}): {MEGATRON_HINT}") from error
-
-GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a collective may wait for its slowest rank (a generation phase can be long)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -34,8 +35,7 @@ from torch.distributed.launcher.api import elastic_launch
 from megachat import errors
 from megachat.config import ConfigModel
 from megachat.errors import LaunchError, MegachatError
-from megachat.parallel import cpu_compat
-from megachat.parallel.groups import GROUP_TIMEOUT
+from megachat.parallel import GROUP_TIMEOUT, cpu_compat
 
 _LOOPBACK = "127.0.0.1"
 _JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -102,6 +102,20 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def prepare_ranks(config: LaunchConfig, module: str) -> None:
+    """Starts the server that ranks are forked from; it imports their module meanwhile.
+
+    Imports take seconds. On the CPU they happen once for all ranks of this node, and beside what
+    the caller does before it launches. CUDA does not survive a fork: its ranks are spawned, and
+    import for themselves. Without this call the server starts with the launch.
+    """
+    if not _is_rank() and config.world_size > 1 and _forks(config):
+        _set_threads(config)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
+        multiprocessing.set_forkserver_preload([module])
+        multiprocessing.forkserver.ensure_running()
+
+
 def launch(config: LaunchConfig, entry: Callable[..., None], *args: Any) -> None:
     """Runs module-level `entry(worker, *args)` on every rank and waits for all of them.
 
@@ -109,8 +123,8 @@ def launch(config: LaunchConfig, entry: Callable[..., None], *args: Any) -> None
         MegachatError: What the first failing rank raised.
         LaunchError: A rank died, or the job could not be started.
     """
-    os.environ["OMP_NUM_THREADS"] = str(config.threads_per_process)
-    if all(name in os.environ for name in _JOB_VARIABLES):
+    _set_threads(config)
+    if _is_rank():
         with joined_world(config) as worker:
             entry(worker, *args)
     elif config.world_size == 1:
@@ -118,7 +132,23 @@ def launch(config: LaunchConfig, entry: Callable[..., None], *args: Any) -> None
             with joined_world(config, store=f"file://{folder}/store") as worker:
                 entry(worker, *args)
     else:
+        prepare_ranks(config, entry.__module__)
         _launch_processes(config, entry, args)
+
+
+def _is_rank() -> bool:
+    """Whether this process is a rank of a job that torchrun or srun started."""
+    return all(name in os.environ for name in _JOB_VARIABLES)
+
+
+def _forks(config: LaunchConfig) -> bool:
+    """Whether the ranks of this node are forked."""
+    return select_device(config.device).type == "cpu"
+
+
+def _set_threads(config: LaunchConfig) -> None:
+    """Thread pools of libraries have the size that the environment names when they are loaded."""
+    os.environ["OMP_NUM_THREADS"] = str(config.threads_per_process)
 
 
 @contextlib.contextmanager
@@ -192,6 +222,7 @@ def _environment_of_one(folder: str) -> Iterator[None]:
 def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: Any) -> None:
     """Starts the ranks of this node through torchrun's API."""
     endpoint = _endpoint(config)
+    start_method = "forkserver" if _forks(config) else "spawn"
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     elastic = ElasticConfig(
@@ -202,7 +233,7 @@ def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: An
         rdzv_backend="c10d",
         rdzv_endpoint=endpoint,
         max_restarts=0,
-        start_method=_start_method(config, entry),
+        start_method=start_method,
         local_addr=_LOOPBACK if config.nodes == 1 else None,
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=2,  # a rank that lost a peer has nothing to save
@@ -219,19 +250,6 @@ def _launch_processes(config: LaunchConfig, entry: Callable[..., None], args: An
             raise LaunchError(
                 f"cannot start the job at {endpoint}: {_first_line(error)}"
             ) from error
-
-
-def _start_method(config: LaunchConfig, entry: Callable[..., None]) -> str:
-    """How the ranks of this node come to be.
-
-    On the CPU they are forked from one server process that has imported the entry's module, which
-    costs seconds, once for all of them. CUDA does not survive a fork, so its ranks are spawned.
-    """
-    if select_device(config.device).type == "cuda":
-        return "spawn"
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
-    multiprocessing.set_forkserver_preload([entry.__module__])
-    return "forkserver"
 
 
 def _endpoint(config: LaunchConfig) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import AgreementError
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import SamplingConfig
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rng import generator_for, seed_for
 from megachat.records import Experience, PromptBatch, Rollout

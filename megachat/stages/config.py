@@ -8,11 +8,9 @@ import torch
 from pydantic import Field, model_validator
 
 from megachat.config import ConfigModel, PathField
-from megachat.data.config import DataConfig
-from megachat.data.tokenizer import SentencePieceConfig
+from megachat.data.config import DataConfig, SentencePieceConfig
 from megachat.errors import ConfigError
-from megachat.generation.generator import GenerationConfig
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import (
     ModelOptions,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megachat.data.chitchat import positive_words, upbeat_score
 from megachat.data.tokenizer import Tokenizer
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import SamplingConfig
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.ppo import PPOTrainer

@@ -18,6 +18,8 @@ GRID = "#e4e7eb"
 COLOURS = ("#2563c9", "#d9702b", "#2a9268", "#8b5fbf")
 
 PANEL_INCHES = (3.9, 2.5)
+MARGIN_INCHES = {"left": 0.58, "right": 0.12, "bottom": 0.5, "top": 0.48}
+"""Around the axes of a panel. Fixed, since fitting them to the labels costs half of a drawing."""
 PNG_DPI = 180
 SMOOTHED_FROM = 40
 """Noisy curves with at least so many points are drawn faintly, their moving average on top."""
@@ -46,9 +48,7 @@ class Panel:
 
 def draw_panel(panel: Panel) -> Figure:
     """One panel as a figure of its own."""
-    figure = Figure(figsize=PANEL_INCHES, layout="constrained")
-    _fill(figure.subplots(), panel)
-    return figure
+    return draw_panels([panel])
 
 
 def draw_panels(panels: Sequence[Panel], *, columns: int = 3) -> Figure:
@@ -56,12 +56,18 @@ def draw_panels(panels: Sequence[Panel], *, columns: int = 3) -> Figure:
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, panel in zip(all_axes, panels, strict=False):
-        _fill(axes, panel)
-    for axes in all_axes[len(panels) :]:
-        axes.set_axis_off()
+    figure = Figure(figsize=(width * columns, height * rows))
+    left, right = MARGIN_INCHES["left"] / width, MARGIN_INCHES["right"] / width
+    bottom, top = MARGIN_INCHES["bottom"] / height, MARGIN_INCHES["top"] / height
+    for place in range(rows * columns):
+        row, column = divmod(place, columns)
+        corner = ((column + left) / columns, (rows - 1 - row + bottom) / rows)
+        size = ((1 - left - right) / columns, (1 - bottom - top) / rows)
+        axes = figure.add_axes((*corner, *size))
+        if place < len(panels):
+            _fill(axes, panels[place])
+        else:
+            axes.set_axis_off()
     return figure
 
 
@@ -118,9 +124,10 @@ def _fill(axes: Axes, panel: Panel) -> None:
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=FAINT)
+    axes.tick_params(length=0, colors=FAINT, labelsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # longer numbers would leave the margin
     axes.set_xlabel("step", color=FAINT, fontsize=9)
     if len(panel.curves) > 1 or any(map(_num_missing, panel.curves)):
         axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)

@@ -7,7 +7,7 @@ that only the run knows comes in a `RunSummary`.
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -104,15 +104,20 @@ class ReportFiles:
     phases: Path | None
     """The phase breakdown as a PNG; None where no phases were given."""
     panels: tuple[Path, ...]
-    """Each diagram as a PNG of its own."""
+    """Each diagram as an SVG of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Image:
-    """A diagram inside the HTML file."""
+    """A diagram."""
 
     title: str
-    source: str
+    svg: bytes
+
+    @property
+    def source(self) -> str:
+        """What an `img` element in a self-contained page names."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode('ascii')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +129,7 @@ class _StageSection:
 
 
 def write_report(folder: Path, summary: RunSummary) -> ReportFiles:
-    """Writes `report.html` and `report/*.png` into the run folder.
+    """Writes `report.html`, and its diagrams into `report/`, in the run folder.
 
     Args:
         folder: The run folder; each folder below it with a metrics file is a stage.
@@ -139,8 +144,15 @@ def write_report(folder: Path, summary: RunSummary) -> ReportFiles:
     images = folder / IMAGE_FOLDER
     try:
         images.mkdir(parents=True, exist_ok=True)
-        files = _write_images(images, panels, summary)
-        html = render_html(panels, summary, generated=datetime.now())
+        sections = [
+            _StageSection(
+                title=summary.stage_titles.get(stage, stage),
+                images=[_Image(title=panel.title, svg=to_svg(draw_panel(panel))) for panel in few],
+            )
+            for stage, few in panels.items()
+        ]
+        files = _write_images(images, sections, panels, summary)
+        html = _render_html(sections, summary, generated=datetime.now())
         (folder / HTML_FILE).write_text(html, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write the report here: {error.strerror}") from error
@@ -176,8 +188,8 @@ def select_panels(
     return {stage: chosen for stage, chosen in panels.items() if chosen}
 
 
-def render_html(
-    panels: Mapping[str, Sequence[Panel]], summary: RunSummary, *, generated: datetime
+def _render_html(
+    sections: Sequence[_StageSection], summary: RunSummary, *, generated: datetime
 ) -> str:
     """The report as one self-contained page; everything that came from outside is escaped."""
     environment = Environment(
@@ -189,16 +201,13 @@ def render_html(
     )
     phases = None
     if summary.phase_seconds:
-        svg = to_svg(draw_phases(summary.phase_seconds))
-        phases = _Image(title="Time by phase", source=_data_uri(svg))
+        bars = draw_phases(summary.phase_seconds)
+        phases = _Image(title="Time by phase", svg=to_svg(bars))
     return environment.get_template(TEMPLATE).render(
         summary=summary,
         duration=format_duration(summary.duration_s),
         generated=generated.strftime("%Y-%m-%d %H:%M"),
-        stages=[
-            _stage_section(summary.stage_titles.get(stage, stage), chosen)
-            for stage, chosen in panels.items()
-        ],
+        stages=sections,
         phases=phases,
         configuration=flatten(summary.configuration),
         machine=machine_facts(),
@@ -231,28 +240,26 @@ def _readable(metric: str) -> str:
     return metric.partition("/")[2].replace("_", " ")
 
 
-def _stage_section(title: str, panels: Sequence[Panel]) -> _StageSection:
-    images = [
-        _Image(title=panel.title, source=_data_uri(to_svg(draw_panel(panel)))) for panel in panels
-    ]
-    return _StageSection(title=title, images=images)
-
-
 def _write_images(
-    folder: Path, panels: Mapping[str, Sequence[Panel]], summary: RunSummary
+    folder: Path,
+    sections: Sequence[_StageSection],
+    panels: Mapping[str, Sequence[Panel]],
+    summary: RunSummary,
 ) -> ReportFiles:
-    """Writes all PNG files; the order of stages and panels is in their names."""
-    every = [
-        Panel(title=f"{summary.stage_titles.get(stage, stage)}: {panel.title}", curves=panel.curves)
-        for stage, chosen in panels.items()
-        for panel in chosen
-    ]
-    written = []
-    for number, panel in enumerate(every, start=1):
-        written.append(folder / f"{number:02d}_{_file_stem(panel.title)}.png")
-        written[-1].write_bytes(to_png(draw_panel(panel)))
-    curves = folder / "curves.png" if every else None
+    """Writes all picture files; the order of stages and panels is in their names."""
+    written: list[Path] = []
+    for section in sections:
+        for image in section.images:
+            stem = _file_stem(f"{section.title} {image.title}")
+            written.append(folder / f"{len(written) + 1:02d}_{stem}.svg")
+            written[-1].write_bytes(image.svg)
+    curves = folder / "curves.png" if written else None
     if curves is not None:
+        every = [
+            replace(panel, title=f"{section.title}: {panel.title}")
+            for section, drawn in zip(sections, panels.values(), strict=True)
+            for panel in drawn
+        ]
         curves.write_bytes(to_png(draw_panels(every)))
     phases = folder / "phases.png" if summary.phase_seconds else None
     if phases is not None:
@@ -265,7 +272,3 @@ def _write_images(
 def _file_stem(title: str) -> str:
     kept = "".join(letter if letter.isalnum() else "_" for letter in title.lower())
     return "_".join(part for part in kept.split("_") if part)
-
-
-def _data_uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"

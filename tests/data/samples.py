@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megachat.data.config import DataConfig, SourceConfig
-from megachat.data.tokenizer import SentencePieceConfig, Tokenizer, train_sentencepiece
+from megachat.data.config import DataConfig, SentencePieceConfig, SourceConfig
+from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 
 WORDS = (
     "sun rain snow wind cloud river stone tree leaf bird fish horse bread apple water fire "

@@ -11,9 +11,9 @@ import sentencepiece
 
 from megachat.data import chitchat
 from megachat.data.chitchat import Conversation, ConversationRating
-from megachat.data.config import DataConfig, SourceConfig, Stage
+from megachat.data.config import DataConfig, SentencePieceConfig, SourceConfig, Stage
 from megachat.data.stage_data import build_stage_data, training_texts
-from megachat.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceConfig, train_sentencepiece
+from megachat.data.tokenizer import SENTENCEPIECE_FILE, train_sentencepiece
 from megachat.errors import DataError
 from tests.data.samples import data_config
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megachat.data import tokenizer as module
-from megachat.data.tokenizer import SENTENCEPIECE_FILE, SentencePieceConfig, Tokenizer
+from megachat.data.config import SentencePieceConfig
+from megachat.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from megachat.errors import CheckpointError, ConfigError, DataError
 from tests.data.samples import corpus, sentence, train_tiny
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megachat.generation.generator import GenerationConfig, Generator
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
+from megachat.generation.generator import Generator
 from megachat.model import OptConfig
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megachat.errors import MegachatError
+from megachat.generation.config import SamplingConfig
 from megachat.generation.generator import Generator
-from megachat.generation.sampling import SamplingConfig
 from megachat.model import Head
 from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout

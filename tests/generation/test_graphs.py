@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from megachat.generation import generator as generator_module
-from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.config import GenerationConfig, SamplingConfig
+from megachat.generation.generator import Generator
 from megachat.generation.graphs import CudaGraphRecorder, rows_bucket
 from megachat.generation.runner import ModelRunner
-from megachat.generation.sampling import SamplingConfig
 from megachat.hybrid.engine import HybridEngine
 from megachat.model.opt import OptModel
 from megachat.parallel.layout import ParallelLayout

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megachat.errors import KernelError
-from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.config import GenerationConfig
+from megachat.generation.generator import Generator
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
 from megachat.generation.runner import ModelRunner

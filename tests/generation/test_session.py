@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError
-from megachat.generation.generator import GenerationConfig, Generator, StreamedToken
+from megachat.generation.config import GenerationConfig, SamplingConfig
+from megachat.generation.generator import Generator, StreamedToken
 from megachat.generation.kv_cache import block_bytes
-from megachat.generation.sampling import SamplingConfig
 from megachat.generation.session import SessionStatistics
 from megachat.model import OptConfig
 from megachat.model.opt import OptModel

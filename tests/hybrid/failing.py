@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megachat.errors import CapacityError
-from megachat.generation.generator import GenerationConfig
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megachat.generation.generator import GenerationConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.kv_cache import block_bytes
-from megachat.generation.sampling import SamplingConfig
 from megachat.generation.session import SessionStatistics
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megachat.generation.blocks import BlockAllocator
-from megachat.generation.generator import GenerationConfig, Generator
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
+from megachat.generation.generator import Generator
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel

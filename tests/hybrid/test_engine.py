@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megachat.errors import LayoutError, PhaseError
-from megachat.generation.generator import GenerationConfig
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import AgreementError
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import SamplingConfig
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import ConfigError, PhaseError
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import SamplingConfig
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch

@@ -6,8 +6,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megachat.generation.generator import GenerationConfig
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model import Head, ModelOptions, OptConfig

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megachat.data.config import Stage
 from megachat.data.loaders import PromptLoader
 from megachat.data.stage_data import build_stage_data
-from megachat.generation.sampling import SamplingConfig
+from megachat.generation.config import SamplingConfig
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.config import PpoConfig

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -131,18 +132,20 @@ def test_page_shows_everything_it_was_given(run_folder: Path) -> None:
     assert any("took 3m07s" in shown for shown in page.texts)
 
 
-def test_pictures_are_written_as_png_files_too(run_folder: Path) -> None:
+def test_pictures_are_written_as_files_too(run_folder: Path) -> None:
     files, _ = write_and_read(run_folder)
     assert files.curves is not None
     assert files.phases is not None
     assert [path.name for path in files.panels] == [
-        "01_sft_loss.png",
-        "02_reward_loss.png",
-        "03_reward_accuracy.png",
+        "01_sft_loss.svg",
+        "02_reward_loss.svg",
+        "03_reward_accuracy.svg",
     ]
-    for path in (files.curves, files.phases, *files.panels):
+    for path in (files.curves, files.phases):
         with Image.open(path) as image:
             assert image.width > 300
+    for path in files.panels:
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
 def test_stages_come_in_the_order_in_which_they_began(run_folder: Path) -> None:
@@ -166,7 +169,7 @@ def test_stages_may_have_names_for_a_person(run_folder: Path) -> None:
     summary = dataclasses.replace(SUMMARY, stage_titles={"sft": "Supervised finetuning"})
     files, page = write_and_read(run_folder, summary)
     assert "Curves: Supervised finetuning" in page.texts
-    assert files.panels[0].name == "01_supervised_finetuning_loss.png"
+    assert files.panels[0].name == "01_supervised_finetuning_loss.svg"
 
 
 def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:

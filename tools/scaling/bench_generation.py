@@ -37,9 +37,9 @@ from megachat.checkpoint.huggingface import load_huggingface, read_config
 from megachat.checkpoint.writer import save_huggingface
 from megachat.config import ConfigModel, build_config
 from megachat.errors import ConfigError
-from megachat.generation.generator import GenerationConfig, Generator
+from megachat.generation.config import GenerationConfig, SamplingConfig
+from megachat.generation.generator import Generator
 from megachat.generation.kv_cache import block_bytes
-from megachat.generation.sampling import SamplingConfig
 from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend

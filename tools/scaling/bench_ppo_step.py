@@ -38,9 +38,8 @@ from megachat.checkpoint.huggingface import read_config
 from megachat.checkpoint.writer import save_huggingface
 from megachat.config import ConfigModel, build_config
 from megachat.errors import ConfigError
-from megachat.generation.generator import GenerationConfig
+from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.kv_cache import block_bytes
-from megachat.generation.sampling import SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel

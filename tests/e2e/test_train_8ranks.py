@@ -45,6 +45,7 @@ def _config(folder: Path) -> RunConfig:
             "rlhf.batch_prompts=16",
             "rlhf.evaluation_rows=16",
             "rlhf.judge=none",
+            "rlhf.ppo.reward.normalization_samples=16",
             "rlhf.sampling.max_new_tokens=8",
         ],
     )

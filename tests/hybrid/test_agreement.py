@@ -50,8 +50,8 @@ PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
     ),
 }
 BLOCK_SIZE, NEW_TOKENS, SAMPLES = 2, 10, 2
-SMALL, LARGE = 11, 1000
-"""Blocks in the cache: one sequence of 12 + 10 tokens fills the small one."""
+SMALLEST, LARGE = 11, 1000
+"""Blocks in the cache: one sequence of 12 + 10 tokens fills the smallest."""
 RAGGED, MOST_REPLICAS = (3, 12, 1, 6, 11), 8
 EQUAL = 9
 """Length of the prompts that are all one."""
@@ -147,10 +147,20 @@ def _cases(world_size: int) -> list[tuple[int, tuple[ParallelLayout, int], torch
     ]
 
 
+def _few_blocks(pair: tuple[ParallelLayout, int]) -> int:
+    """Three for each sequence of a replica, which is about a third of what they come to need."""
+    layout, degree = pair
+    replicas = layout.world_size // degree
+    return max(SMALLEST, 3 * SAMPLES * _prompts(replicas).num_rows // replicas)
+
+
 def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:
     """All cases, with little memory."""
     return [
-        _outcome(_build(CONFIGS[number], pair, dtype, num_blocks=SMALL, backend=backend), pair)
+        _outcome(
+            _build(CONFIGS[number], pair, dtype, num_blocks=_few_blocks(pair), backend=backend),
+            pair,
+        )
         for number, pair, dtype in _cases(world_size)
     ]
 

@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from megachat.generation.blocks import BlockAllocator
 from megachat.generation.config import GenerationConfig, SamplingConfig
@@ -19,7 +18,6 @@ from megachat.generation.generator import Generator
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
-from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout, SftBatch
@@ -27,6 +25,7 @@ from megachat.rlhf.objectives import SftObjective
 from megachat.training.engine import TrainEngine
 from megachat.training.schedules import OptimizerConfig, ScheduleKind
 from tests.harness import run_ranks
+from tests.harness.weights import whole_weights
 
 CONFIG = OptConfig(
     vocab_size=150, max_positions=24, hidden=32, ffn=64, layers=2, heads=4, embed_dim=16,
@@ -122,15 +121,7 @@ class Separate:
     @torch.no_grad()
     def refresh(self) -> None:
         """Puts the whole parameters together from all ranks' shards and copies them."""
-        model, specs = self.engine.model, {s.name: s for s in self.engine.model.global_specs()}
-        mine = [
-            (name, model.local_slices(specs[name]), parameter.detach())
-            for name, parameter in model.parameters_by_spec().items()
-        ]
-        wholes: dict[str, Tensor] = {name: torch.empty(s.shape) for name, s in specs.items()}
-        for part in all_gather_objects(mine):
-            for name, slices, values in part:
-                wholes[name][slices] = values
+        wholes = whole_weights(self.engine.model)
         for name, parameter in self.copy.parameters_by_spec().items():
             parameter.copy_(wholes[name])
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megachat.model.config import OptConfig
-from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.groups import ProcessGroups
 from megachat.reshard.execute import Resharder
 from megachat.rlhf.objectives import SftObjective
@@ -17,6 +16,7 @@ from megachat.training.engine import TrainEngine
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.storage import FlatStorage
 from tests.harness import run_ranks
+from tests.harness.weights import whole_weights
 from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, fill, sha256
 from tests.training.tasks import ROWS, sft_batch
 
@@ -70,24 +70,9 @@ def train_step(engine: TrainEngine, step: int) -> tuple[float, float]:
     return loss, engine.step().gradient_norm
 
 
-def _whole_weights(actor: Actor) -> dict[str, Tensor]:
-    """All parameters put together from the training shards of all ranks."""
-    wholes: dict[str, Tensor] = {}
-    specs = {spec.name: spec for spec in actor.model.global_specs()}
-    mine = [
-        (specs[name], actor.model.local_slices(specs[name]), parameter.detach())
-        for name, parameter in actor.model.parameters_by_spec().items()
-    ]
-    for part in all_gather_objects(mine):
-        for spec, slices, value in part:
-            whole = wholes.setdefault(spec.name, torch.empty(spec.shape, dtype=value.dtype))
-            whole[slices] = value
-    return wholes
-
-
 def _generation_problems(actor: Actor) -> list[str]:
     """Generation weights that are not the slice of what was trained."""
-    wholes, weights = _whole_weights(actor), actor.arena.weights()
+    wholes, weights = whole_weights(actor.model), actor.arena.weights()
     rank, degree = actor.groups.tensor_rank, actor.plan.placement.tensor
     problems = []
     for spec in actor.model.global_specs():

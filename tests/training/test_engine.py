@@ -39,10 +39,10 @@ Case = tuple[dict[str, int], dict[str, Any], tuple[str, ...]]
 WORLDS: Mapping[int, Sequence[Case]] = {
     1: [({}, {}, ALL)],
     2: [
-        ({"tensor": 2}, {}, ALL),
-        ({"tensor": 2}, SEQUENCE, ("sft", "reward")),
-        ({"pipeline": 2}, {}, ("policy", "value")),
-        ({}, {}, ("sft", "reward")),
+        ({"tensor": 2}, {}, ("policy",)),
+        ({"tensor": 2}, SEQUENCE, ("sft",)),
+        ({"pipeline": 2}, {}, ("value",)),
+        ({}, {}, ("reward",)),
     ],
     8: [({"tensor": 2, "pipeline": 2}, {}, ALL)],
 }

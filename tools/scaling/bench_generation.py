@@ -32,6 +32,7 @@ from benchmark import (
 )
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from megachat.checkpoint.huggingface import load_huggingface, read_config
 from megachat.checkpoint.writer import save_huggingface
@@ -63,7 +64,16 @@ class Settings(ConfigModel):
     random_weights: bool = Field(default=False, description="Draw the weights of --model.")
     batch: int = Field(default=8, ge=1, description="Prompts.")
     prompt: int = Field(default=128, ge=1, description="Tokens of each prompt.")
-    new: int = Field(default=64, ge=2, description="Tokens of each answer.")
+    new: int = Field(default=64, ge=2, description="Tokens of each answer, or at most.")
+    mean: int | None = Field(
+        default=None, ge=2, description="Sample, and let one token of so many end an answer."
+    )
+    waves: int = Field(
+        default=1,
+        ge=1,
+        description="Batches of prompts: transformers answers one after the other, megachat puts "
+        "the next prompt in the place of an answer that ended.",
+    )
     dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$", description="bf16 or fp32.")
     threads: int = Field(default_factory=num_cores, ge=1, description="Of the CPU.")
     block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
@@ -78,15 +88,25 @@ class Settings(ConfigModel):
         """Architecture."""
         return read_config(self.model if self.weights is None else self.weights)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, spread over the vocabulary; none where all are equally long.
+
+        Random weights make all tokens about equally likely, so lengths are geometric.
+        """
+        return tuple(range(4, self.config.vocab_size, self.mean)) if self.mean else ()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """One answer to the whole batch."""
+    """One answer to every prompt."""
 
     total: float
     """Seconds."""
-    prefill: float | None
-    """Seconds until the first token of every answer; None where an engine does not tell."""
+    prefill: float
+    """Seconds until the first token of every answer of a batch."""
+    tokens: int
+    """Of all answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +118,18 @@ class Result:
     """New tokens over all seconds, prompts included."""
     slowest_tokens_per_second: float
     fastest_tokens_per_second: float
+    mean_tokens: float
+    """Of an answer."""
     prefill_seconds: float | None
+    """This and the next two are None where answers end at lengths of their own."""
     decode_ms_per_step: float | None
     bandwidth_share: float | None
     """Bytes that a decode step cannot but read, over what the memory delivers in its time."""
 
 
 Run = Callable[[], tuple[Timing, Tensor]]
-"""Answers once; the tokens are `[batch, new]`."""
+"""Answers once; the tokens are `[prompts, new]`, `NO_TOKEN` behind an answer's end."""
+NO_TOKEN = -1
 
 
 def minimal_step_bytes(settings: Settings) -> int:
@@ -135,7 +159,7 @@ def megachat_engine(
     )
     generator = Generator(
         model,
-        stop_ids=(),
+        stop_ids=settings.stop_ids,
         config=GenerationConfig(
             backend=backend,
             block_size=settings.block_size,
@@ -145,11 +169,12 @@ def megachat_engine(
         ),
     )
     clock = CLOCKS[settings.clock]
-    sampling = SamplingConfig(max_new_tokens=settings.new, temperature=0.0)
+    temperature = 1.0 if settings.mean else 0.0
+    sampling = SamplingConfig(max_new_tokens=settings.new, temperature=temperature)
 
     def run() -> tuple[Timing, Tensor]:
-        answers = torch.zeros(settings.batch, settings.new, dtype=torch.int64)
-        counts = [0] * settings.batch
+        answers = torch.full((prompts.num_rows, settings.new), NO_TOKEN)
+        counts = [0] * prompts.num_rows
         prefill = 0.0
         start = clock()
         for token in generator.stream(prompts, sampling=sampling, seed=0):
@@ -157,7 +182,7 @@ def megachat_engine(
                 prefill = clock() - start
             answers[token.row, counts[token.row]] = token.token
             counts[token.row] += 1
-        return Timing(total=clock() - start, prefill=prefill), answers
+        return Timing(total=clock() - start, prefill=prefill, tokens=sum(counts)), answers
 
     return run
 
@@ -168,28 +193,33 @@ def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) 
     dtype = DTYPES[settings.dtype]
     model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     clock = CLOCKS[settings.clock]
-    mask = torch.ones_like(prompts.tokens)
+    stops = torch.tensor(settings.stop_ids, dtype=torch.int64)
+    batches = prompts.tokens.chunk(settings.waves)
+    ending: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    if settings.mean:
+        ending = {"do_sample": True, "top_k": 0, "eos_token_id": stops.tolist()}
 
     @torch.no_grad()
-    def answer(new: int) -> Tensor:
+    def answer(batch: Tensor, new: int) -> Tensor:
         tokens: Tensor = model.generate(
-            prompts.tokens,
-            attention_mask=mask,
-            do_sample=False,
+            batch,
+            attention_mask=torch.ones_like(batch),
             max_new_tokens=new,
-            min_new_tokens=new,
-            eos_token_id=None,
+            min_new_tokens=None if settings.mean else new,
             pad_token_id=model.config.pad_token_id,
-        )
-        return tokens[:, settings.prompt :]
+            **ending,
+        )[:, settings.prompt :]
+        tokens = F.pad(tokens, (0, new - tokens.shape[1]), value=NO_TOKEN)
+        ended = torch.isin(tokens, stops).long()
+        return tokens.masked_fill(ended.cumsum(dim=1) > ended, NO_TOKEN)
 
     def run() -> tuple[Timing, Tensor]:
         start = clock()
-        answer(1)
+        answer(batches[0], 1)
         middle = clock()
-        tokens = answer(settings.new)
-        end = clock()
-        return Timing(total=end - middle, prefill=middle - start), tokens
+        tokens = torch.cat([answer(batch, settings.new) for batch in batches])
+        total, count = clock() - middle, int((tokens != NO_TOKEN).sum())
+        return Timing(total=total, prefill=middle - start, tokens=count), tokens
 
     return run
 
@@ -208,7 +238,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     if settings.weights is not None:
         load_huggingface(model, Path(settings.weights))
     prompts = random_prompts(
-        settings.config.vocab_size, batch=settings.batch, length=settings.prompt
+        settings.config.vocab_size, batch=settings.batch * settings.waves, length=settings.prompt
     )
     engines = {OURS: megachat_engine(model, prompts, settings, backend=Backend.CPU)}
     if "reference" in settings.peer:
@@ -234,7 +264,9 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         "bandwidth_share": first.bandwidth_share,
         "ceilings": asdict(best),
         "engines": [asdict(result) for result in results],
-        "same_tokens": {
+        "same_tokens": None
+        if settings.mean  # engines draw from the same distribution, but not the same tokens
+        else {
             name: (found == answers[OURS]).float().mean().item() for name, found in answers.items()
         },
         "step_bytes": minimal_step_bytes(settings),
@@ -246,34 +278,36 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
 
 def _result(name: str, timings: list[Timing], settings: Settings, ceilings: Ceilings) -> Result:
     """Medians of one engine."""
-    speeds = [settings.batch * settings.new / timing.total for timing in timings]
-    prefills = [timing.prefill for timing in timings if timing.prefill is not None]
-    decodes = [
-        (timing.total - timing.prefill) / (settings.new - 1)
-        for timing in timings
-        if timing.prefill is not None
-    ]
-    step = statistics.median(decodes)
+    speeds = [timing.tokens / timing.total for timing in timings]
+    prefill = step = None
+    if settings.mean is None and settings.waves == 1:
+        prefill = statistics.median(timing.prefill for timing in timings)
+        decoding = [timing.total - timing.prefill for timing in timings]
+        step = statistics.median(decoding) / (settings.new - 1)
+    least = minimal_step_bytes(settings) / 1e9 / ceilings.read_gb_s
     return Result(
         engine=name,
         tokens_per_second=statistics.median(speeds),
         slowest_tokens_per_second=min(speeds),
         fastest_tokens_per_second=max(speeds),
-        prefill_seconds=statistics.median(prefills),
-        decode_ms_per_step=1000 * step,
-        bandwidth_share=minimal_step_bytes(settings) / step / 1e9 / ceilings.read_gb_s,
+        mean_tokens=statistics.mean(timing.tokens for timing in timings)
+        / (settings.batch * settings.waves),
+        prefill_seconds=prefill,
+        decode_ms_per_step=None if step is None else 1000 * step,
+        bandwidth_share=None if step is None else least / step,
     )
 
 
 def show(summary: dict[str, Any]) -> str:
     """The results as a table."""
     settings, ceilings = summary["settings"], summary["ceilings"]
+    same = summary["same_tokens"] or {}
     lines = [
-        f"{settings['model']}, {settings['dtype']}, batch {settings['batch']}, "
-        f"{settings['prompt']} + {settings['new']} tokens, {settings['threads']} threads, "
+        f"{settings['model']}, {settings['dtype']}, {settings['waves']} x {settings['batch']} "
+        f"prompts, {settings['prompt']} + {settings['new']} tokens, {settings['threads']} threads, "
         f"{summary['processor']}, load {' '.join(summary['load_average'])}",
         f"reading {ceilings['read_gb_s']:.1f} GB/s, GEMM {ceilings['gemm_tflop_s']:.3f} TFLOP/s",
-        f"{'engine':14}{'tokens/s':>10}{'(slowest - fastest)':>22}{'prefill s':>11}"
+        f"{'engine':14}{'tokens/s':>10}{'(slowest - fastest)':>22}{'tokens':>8}{'prefill s':>11}"
         f"{'ms/step':>9}{'bandwidth':>11}{'same tokens':>13}",
     ]
     for row in summary["engines"]:
@@ -282,10 +316,17 @@ def show(summary: dict[str, Any]) -> str:
         )
         lines.append(
             f"{row['engine']:14}{row['tokens_per_second']:10.1f}{spread:>22}"
-            f"{row['prefill_seconds']:11.3f}{row['decode_ms_per_step']:9.1f}"
-            f"{row['bandwidth_share']:11.0%}{summary['same_tokens'][row['engine']]:13.1%}"
+            f"{row['mean_tokens']:8.1f}"
+            f"{_shown(row['prefill_seconds'], '.3f'):>11}"
+            f"{_shown(row['decode_ms_per_step'], '.1f'):>9}"
+            f"{_shown(row['bandwidth_share'], '.0%'):>11}"
+            f"{_shown(same.get(row['engine']), '.1%'):>13}"
         )
     return "\n".join(lines)
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from tests.model import reference as ref
 from tools.scaling import bench_generation as bench
 
 
-def _measured(folder: str) -> bench.Settings:
-    """Runs the whole benchmark on given weights, with all peers."""
+def _measured(folder: str, options: dict[str, Any]) -> bench.Settings:
+    """Runs the whole benchmark on given weights."""
     model = ref.build_model(ref.PRE_LN, ParallelLayout(), seed=0)
     weights, output = Path(folder, "given"), Path(folder, "summary.json")
     save_huggingface(model, weights)
@@ -30,7 +31,7 @@ def _measured(folder: str) -> bench.Settings:
         threads=1,
         repeats=2,
         clock="cpu",
-        peer=list(bench.PEERS),
+        **options,
     )
     worker = Worker(
         rank=dist.get_rank(), world_size=dist.get_world_size(), device=torch.device("cpu")
@@ -40,7 +41,7 @@ def _measured(folder: str) -> bench.Settings:
 
 
 def test_all_engines_answer_alike_and_the_keys_are_those_of_megachat(tmp_path: Path) -> None:
-    (settings,) = run_ranks(1, _measured, str(tmp_path))
+    (settings,) = run_ranks(1, _measured, str(tmp_path), {"peer": list(bench.PEERS)})
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     rows = {row["engine"]: row for row in summary["engines"]}
     assert set(rows) == {bench.OURS, *bench.PEERS}
@@ -52,6 +53,19 @@ def test_all_engines_answer_alike_and_the_keys_are_those_of_megachat(tmp_path: P
     share = summary["step_bytes"] / (ours["decode_ms_per_step"] / 1000) / read
     assert share == pytest.approx(ours["bandwidth_share"])
     assert bench.OURS in bench.show(summary)
+
+
+def test_answers_that_end_early_are_counted_to_their_ends(tmp_path: Path) -> None:
+    options = {"mean": 3, "waves": 20, "peer": ["transformers"]}
+    run_ranks(1, _measured, str(tmp_path), options)
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    # The mean of the smaller of 6 and a geometric length of mean 3 is 3 (1 - (2/3)^6) = 2.74, with
+    # a deviation of 0.3 for 40 rows; the weights make some tokens likelier than others.
+    for row in summary["engines"]:
+        assert 1.5 < row["mean_tokens"] < 4.5
+        assert row["decode_ms_per_step"] is None and row["tokens_per_second"] > 0
+    assert summary["same_tokens"] is None
+    assert "transformers" in bench.show(summary)
 
 
 def test_a_step_reads_every_weight_once_and_the_cache_at_its_mean_length() -> None:

@@ -165,27 +165,40 @@ def _rows(rollout: Rollout) -> list[list[int]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def greedy(cases: dict[str, dict[str, Case]]) -> dict[tuple[str, str], list[list[int]]]:
+    """HuggingFace's answers by configuration and greedy case."""
+    found = {}
+    for name, config in CONFIGS.items():
+        oracle = gen.oracle(config)
+        for title, case in cases[name].items():
+            if case.sampling.temperature:
+                continue
+            batch = gen.prompts(config, case)
+            found[name, title] = [
+                gen.greedy(oracle, row[:length], sampling=case.sampling, stop_ids=case.stop_ids)
+                for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
+            ]
+    return found
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_equal_huggingface_for_ragged_prompts(
     name: str,
     layout: ParallelLayout,
     answers: Answers,
+    greedy: dict[tuple[str, str], list[list[int]]],
     cases: dict[str, dict[str, Case]],
 ) -> None:
-    oracle = gen.oracle(CONFIGS[name])
-    for title, case in cases[name].items():
-        if case.sampling.temperature:
-            continue
-        rollout = answers[name, title, layout].rollout
-        batch = gen.prompts(CONFIGS[name], case)
-        expected = [
-            gen.greedy(oracle, row[:length], sampling=case.sampling, stop_ids=case.stop_ids)
-            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-        ]
-        assert _rows(rollout) == expected, title
+    titles = [title for config, title in greedy if config == name]
+    assert titles == ["greedy", "greedy stop", "greedy min 4"]
+    for title in titles:
+        expected = greedy[name, title]
+        assert _rows(answers[name, title, layout].rollout) == expected, title
         lengths = {len(row) for row in expected}
-        assert lengths == {8} if not case.stop_ids else min(lengths) < 8 == max(lengths)
+        stops = cases[name][title].stop_ids
+        assert lengths == {8} if not stops else min(lengths) < 8 == max(lengths)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -37,7 +37,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=2e-3, schedule=ScheduleKind.CONSTANT, epsilon=1e-3, clip_norm=0.0
 )
 """Nothing is clipped: the norm is the one number that depends on how parameters are grouped."""
-GENERATION = GenerationConfig(kv_cache_gb=1e-4, block_size=4, max_sequences=4)
+GENERATION = GenerationConfig(kv_cache_gb=1e-4, block_size=4, max_sequences=8)
 SAMPLING = SamplingConfig(max_new_tokens=5)
 STOPS = (2, *range(120, 130))
 CYCLES = 50

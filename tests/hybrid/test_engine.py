@@ -88,7 +88,7 @@ def build(
         optimizer=OPTIMIZER,
         total_steps=100,
         seed=0,
-        generation=GenerationConfig(kv_cache_gb=2e-4, block_size=4, max_sequences=3),
+        generation=GenerationConfig(kv_cache_gb=4e-4, block_size=4, max_sequences=6),
         measures=measures or MemoryMeasures(),
     )
     return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
@@ -186,7 +186,7 @@ def test_phases_change_on_demand_and_stale_weights_are_refused() -> None:
 
 def many_cycles() -> list[int]:
     """Resident bytes of this process after each of 50 cycles, on a model large enough to see."""
-    config = replace(PRE_LN, hidden=256, ffn=1024, embed_dim=256, vocab_size=8000)
+    config = replace(PRE_LN, hidden=128, ffn=512, embed_dim=128, vocab_size=4000)
     hybrid = build(config, ParallelLayout(tensor=2), 1, torch.float32)
     resident = []
     for step in range(50):

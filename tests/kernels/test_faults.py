@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.generation.sampling import SamplingConfig
 from tests.kernels.build import KERNELS, Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.launch import FORWARD, ORDERS, RANDOM
 from tests.kernels.logprob_cases import gradient_case, statistics_case
+from tests.kernels.prefill_cases import prefill_case
+from tests.kernels.sample_cases import combine_case, sample_case
 
 ONE_FORMAT = (
     ("include/numeric.h", "return run(static_cast<float*>(nullptr));", "break;"),
@@ -28,7 +31,7 @@ ONE_FORMAT = (
 """Leaves bf16 and a head size of 80, so that a fault compiles in a second."""
 
 NORM, APPEND, DECODE = "bias_residual_layer_norm", "kv_append", "paged_attention_decode"
-LOGPROBS = "token_logprobs"
+LOGPROBS, PREFILL, SAMPLE = "token_logprobs", "paged_attention_prefill", "sample"
 
 CASES: dict[str, tuple[Callable[[], Case], ...]] = {
     NORM: (lambda: layer_norm_case(torch.bfloat16, hidden=1000, tokens=2),),
@@ -42,6 +45,35 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
     LOGPROBS: (
         lambda: statistics_case(torch.bfloat16, width=2056, padding=3),
         lambda: gradient_case(torch.bfloat16, width=264, padding=3),
+    ),
+    PREFILL: (
+        lambda: prefill_case(
+            torch.bfloat16, head_dim=80, block_size=16, chunks=((40, 70), (0, 0), (0, 3)), size=2.0
+        ),
+    ),
+    SAMPLE: (
+        lambda: sample_case(
+            torch.bfloat16,
+            columns=300,
+            rows=8,
+            mean=-4.0,
+            deviation=1.0,
+            config=SamplingConfig(temperature=0.7, top_k=40, top_p=0.8, repetition_penalty=1.5),
+            suppressed=(1, 299),
+        ),
+        lambda: sample_case(
+            torch.bfloat16,
+            columns=700,
+            rows=6,
+            deviation=1.0,
+            config=SamplingConfig(min_new_tokens=4),
+            stops=tuple(range(1280, 1980, 2)),
+            vocab_start=1280,
+        ),
+        lambda: sample_case(
+            torch.bfloat16, columns=40, rows=6, deviation=0.5, config=SamplingConfig(top_k=1)
+        ),
+        lambda: combine_case(ranks=3, rows=3),
     ),
 }
 
@@ -141,11 +173,24 @@ FAULTS = (
     Fault(
         "next slot of the page",
         DECODE,
-        "(token - page * a.divider.block_size)",
-        "(token + 1 - page * a.divider.block_size)",
+        "(token - in_table * block_size)",
+        "(token + 1 - in_table * block_size)",
+        file="include/pages.h",
     ),
-    Fault("next page of the table", DECODE, "table[page]", "table[page + 1]"),
-    Fault("pages counted by too small a multiplier", DECODE, "/ size + 1)", "/ size - 1)"),
+    Fault(
+        "next page of the table",
+        DECODE,
+        "table[in_table]",
+        "table[in_table + 1]",
+        file="include/pages.h",
+    ),
+    Fault(
+        "pages counted by too small a multiplier",
+        DECODE,
+        "/ size + 1)",
+        "/ size - 1)",
+        file="include/pages.h",
+    ),
     Fault(
         "lanes beyond the head not masked",
         DECODE,
@@ -204,6 +249,144 @@ FAULTS = (
         LOGPROBS,
         "< kNegligible ? kNegligible :",
         "< -1e39 ? 0.0f :",
+    ),
+    Fault(
+        "next keys loaded while the last are read",
+        PREFILL,
+        "    __syncthreads();  // nobody reads the last tile any more\n",
+        "",
+    ),
+    Fault(
+        "keys read while they are loaded",
+        PREFILL,
+        "    __syncthreads();\n    attend",
+        "    attend",
+    ),
+    Fault(
+        "weights read before other lanes have them",
+        PREFILL,
+        "  __syncwarp(kWholeWarp);  // the lanes of a query are of one warp\n",
+        "",
+    ),
+    Fault("earlier values not rescaled", PREFILL, "state.mixed[q][p][i] *= decay;", ""),
+    Fault("earlier weights not rescaled", PREFILL, "state.sum[q] * decay +", "state.sum[q] +"),
+    Fault(
+        "a query sees the token behind it",
+        PREFILL,
+        "position + first_query + q + 1, end",
+        "position + first_query + q + 2, end",
+    ),
+    Fault(
+        "the past of a chunk forgotten",
+        PREFILL,
+        "static_cast<int>(a.starts[chunk]) + first",
+        "first",
+    ),
+    Fault("rows behind the last token loaded", PREFILL, "if (row < count) raw", "raw"),
+    Fault("tiles of later chunks not shifted", PREFILL, "+ first + half <= tile", "<= tile"),
+    Fault("table of the first chunk", PREFILL, "<size_t>(chunk) * a.columns", "<size_t>(0)"),
+    Fault("queries behind the chunk written", PREFILL, "if (first_query + q >= queries)", "if (0)"),
+    Fault(
+        "packs beyond the head written",
+        PREFILL,
+        "      if (pack >= Shape::kPacks) continue;\n#pragma unroll",
+        "#pragma unroll",
+    ),
+    Fault(
+        "bits set before all are cleared",
+        SAMPLE,
+        "said_[i] = 0;\n    __syncthreads();",
+        "said_[i] = 0;",
+    ),
+    Fault(
+        "digit read before it is found",
+        SAMPLE,
+        "  __syncthreads();\n  edge.ordered",
+        "  edge.ordered",
+    ),
+    Fault(
+        "bins cleared while the digit is read",
+        SAMPLE,
+        "    __syncthreads();  // everyone has read the digit\n",
+        "",
+        watch=Variant.TSAN,
+    ),
+    Fault(
+        "groups compared before all are weighed",
+        SAMPLE,
+        "lowest, groups, scratch);\n  __syncthreads();",
+        "lowest, groups, scratch);",
+    ),
+    Fault(
+        "scratch of two winners shared",
+        SAMPLE,
+        "  __syncthreads();  // nobody reads what an earlier call left\n  if (lane == 0) {",
+        "  if (lane == 0) {",
+        watch=Variant.TSAN,
+    ),
+    Fault(
+        "step of the bins' sum removed",
+        SAMPLE,
+        "delta = 1; delta < kWarpSize",
+        "delta = 2; delta < kWarpSize",
+    ),
+    Fault("one token fewer kept", SAMPLE, "reached + at >= wanted", "reached + at > wanted"),
+    Fault("edge itself cut", SAMPLE, "if (x[i] < lowest)", "if (x[i] <= lowest)"),
+    Fault("all digits but one forgotten", SAMPLE, "kDigits = 3", "kDigits = 1"),
+    Fault("top-p of the mass of everything", SAMPLE, "row, edge.ordered, mass", "row, 0, mass"),
+    Fault(
+        "penalty as if all logits were positive",
+        SAMPLE,
+        "scaled > 0.0f ? scaled / a_.penalty :",
+        "true ? scaled / a_.penalty :",
+    ),
+    Fault(
+        "history behind its length counted",
+        SAMPLE,
+        "min(a_.history_lengths[row_], static_cast<int64_t>(a_.history_width))",
+        "a_.history_width",
+    ),
+    Fault(
+        "stops forbidden a token too long", SAMPLE, "+ 1 < a_.min_new_tokens", "< a_.min_new_tokens"
+    ),
+    Fault(
+        "noise of another rank's groups",
+        SAMPLE,
+        "kGroupStream, first_group + group",
+        "kGroupStream, group",
+    ),
+    Fault(
+        "tokens of all groups with one noise",
+        SAMPLE,
+        "kTokenStream + first_group + group;",
+        "kTokenStream + first_group;",
+    ),
+    Fault("nine rounds", SAMPLE, "kRounds = 10", "kRounds = 9", file="include/philox.h"),
+    Fault(
+        "words of a counter exchanged",
+        SAMPLE,
+        "word == 0 ? counter[0] : counter[1]",
+        "word == 0 ? counter[1] : counter[0]",
+        file="include/philox.h",
+    ),
+    Fault("high half of the key dropped", SAMPLE, "(key >> 32)", "(0)", file="include/philox.h"),
+    Fault(
+        "log-probability after the penalty",
+        SAMPLE,
+        "= row.scaled(column);",
+        "= row.choice(column, row.scaled(column));",
+    ),
+    Fault(
+        "columns behind the vocabulary counted",
+        SAMPLE,
+        "if (column + i < a_.columns) visit",
+        "visit",
+    ),
+    Fault(
+        "last rank of equal ones",
+        SAMPLE,
+        "part(rank, 0) > part(winner, 0)",
+        "part(rank, 0) >= part(winner, 0)",
     ),
 )
 

@@ -108,7 +108,7 @@ def test_nothing_is_spilled_and_registers_stay_in_the_budget(kernel: str) -> Non
     assert {entry.architecture for entry in entries} == set(ARCHITECTURES)
     for name, budget in BUDGETS[kernel].items():
         instances = [entry for entry in entries if name in entry.name]
-        assert len(instances) >= 3 * len(ARCHITECTURES), name
+        assert len(instances) >= budget.get("instances", 3) * len(ARCHITECTURES), name
         for entry in instances:
             assert entry.frame_bytes == entry.spilled_bytes == 0, entry
             assert entry.registers <= budget["registers"], entry
@@ -119,7 +119,7 @@ def test_nothing_is_spilled_and_registers_stay_in_the_budget(kernel: str) -> Non
 def test_tensors_are_read_and_written_16_bytes_at_a_time(kernel: str) -> None:
     for name, budget in BUDGETS[kernel].items():
         bodies = [body for entry, body in compiled(kernel).ptx.items() if name in entry]
-        assert len(bodies) >= 3, name
+        assert len(bodies) >= budget.get("instances", 3), name
         for body in bodies:
             loads = len(re.findall(r"ld\.global\.(?:nc\.)?v4\.", body))
             stores = len(re.findall(r"st\.global\.v4\.", body))

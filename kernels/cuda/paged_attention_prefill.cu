@@ -250,17 +250,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   }
 
   const int lane = threadIdx.x % kLanes, first_query = threadIdx.x / kLanes * Shape::kEach;
+  // One pointer and steps from it; with separate addresses nvcc splits fp32's 16-byte stores, too. Of
+  // the 16-bit formats it still makes words of those to a lane's first pack.
+  T* const out = a.out + head_of_token(first_query) * kHeadDim + lane * kPack<T>;
+  const size_t next_query = static_cast<size_t>(a.heads) * kHeadDim;
 #pragma unroll
   for (int q = 0; q < Shape::kEach; ++q) {
     if (first_query + q >= queries) continue;
+    const float inverse = 1.0f / state.sum[q];  // of at least 1
 #pragma unroll
     for (int p = 0; p < Shape::kOutPacks; ++p) {
-      const int pack = lane + p * kLanes;
-      if (pack >= Shape::kPacks) continue;
+      if (lane + p * kLanes >= Shape::kPacks) continue;
 #pragma unroll
-      for (int i = 0; i < kPack<T>; ++i) state.mixed[q][p][i] /= state.sum[q];
-      store_pack(a.out + head_of_token(first_query + q) * kHeadDim + pack * kPack<T>,
-                 state.mixed[q][p]);
+      for (int i = 0; i < kPack<T>; ++i) state.mixed[q][p][i] *= inverse;
+      store_pack(out + q * next_query + p * kLanes * kPack<T>, state.mixed[q][p]);
     }
   }
 }

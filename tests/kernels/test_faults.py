@@ -267,8 +267,9 @@ FAULTS = (
         PREFILL,
         "  __syncwarp(kWholeWarp);  // the lanes of a query are of one warp\n",
         "",
+        watch=Variant.TSAN,
     ),
-    Fault("earlier values not rescaled", PREFILL, "state.mixed[q][p][i] *= decay;", ""),
+    Fault("earlier values not rescaled", PREFILL, "state.mixed[q][p][i] *= decay;", ";"),
     Fault("earlier weights not rescaled", PREFILL, "state.sum[q] * decay +", "state.sum[q] +"),
     Fault(
         "a query sees the token behind it",
@@ -282,14 +283,19 @@ FAULTS = (
         "static_cast<int>(a.starts[chunk]) + first",
         "first",
     ),
-    Fault("rows behind the last token loaded", PREFILL, "if (row < count) raw", "raw"),
+    Fault(
+        "rows behind the last token loaded",
+        PREFILL,
+        "if (row < count) raw",
+        "if (row <= count) raw",
+    ),
     Fault("tiles of later chunks not shifted", PREFILL, "+ first + half <= tile", "<= tile"),
     Fault("table of the first chunk", PREFILL, "<size_t>(chunk) * a.columns", "<size_t>(0)"),
     Fault("queries behind the chunk written", PREFILL, "if (first_query + q >= queries)", "if (0)"),
     Fault(
         "packs beyond the head written",
         PREFILL,
-        "      if (pack >= Shape::kPacks) continue;\n#pragma unroll",
+        "      if (lane + p * kLanes >= Shape::kPacks) continue;\n#pragma unroll",
         "#pragma unroll",
     ),
     Fault(

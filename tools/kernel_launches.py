@@ -25,6 +25,8 @@ MULTIPROCESSORS = 108
 BLOCK_SIZE = 16
 """Tokens of a cache page."""
 FP32_BYTES = 4
+BIAS_READERS = 1024
+"""Blocks of bias_relu that go down the tokens, each with the bias in its registers."""
 
 Argument = int | float | ctypes.c_void_p | None
 
@@ -138,7 +140,7 @@ def shape_of(model: str, *, ranks: int = 1, rows: int = 32, context: int = 512) 
 
 
 def decode_calls(shape: Shape, number: Format) -> list[Call]:
-    """The calls of a decode step for which there is a source, in their order."""
+    """The calls of a decode step, in their order."""
     builders: tuple[Callable[[Shape, Format], list[Call]], ...] = (
         _products,
         _append,
@@ -147,8 +149,7 @@ def decode_calls(shape: Shape, number: Format) -> list[Call]:
         _all_reduces,
         _sampling,
     )
-    calls = [call for build in builders for call in build(shape, number)]
-    return [call for call in calls if (KERNELS / "cuda" / f"{call.source}.cu").is_file()]
+    return [call for build in builders for call in build(shape, number)]
 
 
 def other_calls(shape: Shape, number: Format) -> list[Call]:
@@ -193,19 +194,19 @@ def other_calls(shape: Shape, number: Format) -> list[Call]:
         op="bias and ReLU",
         source="bias_relu",
         function="megachat_bias_relu",
-        arguments=(int(number), *pointers[:3], shape.rows, shape.ffn, None),
+        arguments=(int(number), *pointers[:3], tokens, shape.ffn, None),
         times=shape.layers,
-        asked=3 * shape.rows * shape.ffn * size,
-        least=(2 * shape.rows + 1) * shape.ffn * size,
+        asked=(2 * tokens + min(tokens, BIAS_READERS)) * shape.ffn * size,
+        least=(2 * tokens + 1) * shape.ffn * size,
     )
-    calls = (prefill, forward, backward, relu)
-    return [call for call in calls if (KERNELS / "cuda" / f"{call.source}.cu").is_file()]
+    return [prefill, relu, forward, backward]
 
 
 def _products(shape: Shape, number: Format) -> list[Call]:
-    """A weight is read once for 64 tokens; the tokens once for every 64 of its rows."""
-    if not (KERNELS / "cuda" / "tiled_linear.cu").is_file():
-        return []
+    """A weight is read once for 64 tokens, the tokens once for every 64 of its rows.
+
+    A bias is read with each result.
+    """
     wanted = (
         ("QKV product", 3 * shape.local, shape.hidden, shape.layers, False),
         ("attention output product", shape.hidden, shape.local, shape.layers, False),
@@ -220,7 +221,8 @@ def _products(shape: Shape, number: Format) -> list[Call]:
         splits = splits_of(int(number), rows, 1, outputs, width, MULTIPROCESSORS)
         parts = 2 * splits * rows * outputs * FP32_BYTES if splits > 1 else 0
         bias = _pointer() if fused else None
-        weight, result = outputs * width * size, (rows + fused) * outputs * size
+        weight, result = outputs * width * size, rows * outputs * size
+        bias_bytes = outputs * size if fused else 0
         calls.append(
             Call(
                 op=op,
@@ -233,9 +235,10 @@ def _products(shape: Shape, number: Format) -> list[Call]:
                 times=times,
                 asked=-(-rows // 64) * weight
                 + -(-outputs // 64) * rows * width * size
+                + rows * bias_bytes
                 + result
                 + parts,
-                least=weight + rows * width * size + result,
+                least=weight + rows * width * size + bias_bytes + result,
             )
         )
     return calls
@@ -294,21 +297,29 @@ def _norms(shape: Shape, number: Format) -> list[Call]:
 
 
 def _all_reduces(shape: Shape, number: Format) -> list[Call]:
-    """Each rank reads its part from all and writes the result to all."""
-    size = shape.rows * shape.hidden * number.num_bytes
+    """Each rank puts its message into its own region, then reads the messages of all.
+
+    One that is longer than the kernel takes goes in equal parts.
+    """
     if shape.ranks == 1:
         return []
-    regions = (ctypes.c_void_p * shape.ranks)(*[1 << 20] * shape.ranks)
+    elements, parts = shape.rows * shape.hidden, 1
+    room_for = _recording("all_reduce").megachat_all_reduce_region
+    while room_for(elements // parts * number.num_bytes) == 0:
+        parts *= 2
+    elements //= parts
+    size = elements * number.num_bytes
+    regions = (ctypes.c_void_p * shape.ranks)(*[_SOMEWHERE] * shape.ranks)
     call = Call(
         op="all-reduce",
         source="all_reduce",
         function="megachat_all_reduce",
         arguments=(
             *(int(number), _pointer(), _pointer(), ctypes.cast(regions, ctypes.c_void_p)),
-            *(0, shape.ranks, shape.rows * shape.hidden, size, None),
+            *(0, shape.ranks, elements, size, None),
         ),
-        times=2 * shape.layers,
-        asked=(1 + 2 * shape.ranks) * size,
+        times=2 * shape.layers * parts,
+        asked=(3 + shape.ranks) * size,
         least=2 * size,
     )
     return [call]
@@ -341,8 +352,12 @@ def _sampling(shape: Shape, number: Format) -> list[Call]:
     return [sample, combine]
 
 
+_SOMEWHERE = 1 << 20
+"""An aligned address. Launchers look no further than that."""
+
+
 def _pointer() -> ctypes.c_void_p:
-    return ctypes.c_void_p(1 << 20)
+    return ctypes.c_void_p(_SOMEWHERE)
 
 
 def _as_c(argument: Argument) -> object:

@@ -11,6 +11,8 @@ from tests.kernels.faults import Fault
 from tests.kernels.sample_cases import combine_case, sample_case
 
 SAMPLE = "sample"
+ONE_ROW = "sample of one row"
+"""For ThreadSanitizer, which takes long."""
 
 CASES: dict[str, tuple[Callable[[], Case], ...]] = {
     SAMPLE: (
@@ -37,6 +39,11 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
         ),
         lambda: combine_case(ranks=3, rows=3),
     ),
+    ONE_ROW: (
+        lambda: sample_case(
+            torch.bfloat16, columns=140, rows=1, config=SamplingConfig(top_k=9, top_p=0.5)
+        ),
+    ),
 }
 
 FAULTS = (
@@ -58,6 +65,7 @@ FAULTS = (
         "    __syncthreads();  // everyone has read the digit\n",
         "",
         watch=Variant.TSAN,
+        cases=ONE_ROW,
     ),
     Fault(
         "groups compared before all are weighed",
@@ -71,6 +79,7 @@ FAULTS = (
         "  __syncthreads();  // nobody reads what an earlier call left\n  if (lane == 0) {",
         "  if (lane == 0) {",
         watch=Variant.TSAN,
+        cases=ONE_ROW,
     ),
     Fault(
         "step of the bins' sum removed",

@@ -1,5 +1,6 @@
 // The next token of every row: temperature, repetition penalty, forbidden tokens, top-k, top-p and
-// a draw, with the log-probability, as megachat/generation/sampling.py defines them.
+// a draw, with the log-probability: megachat/ops/sample.py defines the draw and what comes with it,
+// megachat/generation/sampling.py the penalty and what is kept.
 //
 // One block a row, which reads the logits a few times (all but the first from L2) and keeps
 // nothing of their size. What tokens were said and which are forbidden are bits in shared memory.
@@ -21,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kGroupTokens = 128;  // VOCAB_MULTIPLE of the model
+constexpr int kGroupTokens = 128;  // GROUP_TOKENS of megachat/ops/sample.py
 constexpr int kMaxColumns = 1 << 16;
 constexpr int kMaxGroups = kMaxColumns / kGroupTokens;
 constexpr unsigned kGroupStream = 0, kTokenStream = 1;

@@ -1,4 +1,4 @@
-"""`sample` on the emulator against the rules in numpy, and against the sampler that runs."""
+"""`sample` on the emulator against the rules in numpy, the operation, and the sampler that runs."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megachat.generation.config import SamplingConfig
 from megachat.generation.sampling import History, Sampler
+from megachat.ops.sample import GROUP_TOKENS, DrawRules, sample
 from tests.kernels.launch import FORMATS, FORWARD, INVALID_VALUE, ORDERS, RANDOM, Order, run_here
 from tests.kernels.sample_cases import Inputs, SampleCase, case_of, combine_case, sample_case
 
@@ -85,6 +86,41 @@ def test_the_sampler_that_runs_chooses_the_same_tokens(name: str) -> None:
     assert not case.tied_rows
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logprobs, exact, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_rank_leaves_what_the_operation_says_of_its_slice(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    """The operation is for plain rules, and names columns where the kernel names tokens."""
+    start, suppressed, stops = 10 * GROUP_TOKENS, (1281, 1297), (1282, 1500)
+    case = sample_case(
+        dtype,
+        columns=300,
+        config=SamplingConfig(temperature=temperature, min_new_tokens=3),
+        rows=24,
+        suppressed=suppressed,
+        stops=stops,
+        vocab_start=start,
+        ranks=4,
+    )
+    assert case.fault_here(FORWARD) == ""
+    assert not case.tied_rows
+    rules = DrawRules(
+        suppressed=torch.tensor(suppressed) - start,
+        stops=torch.tensor(stops) - start,
+        min_new_tokens=3,
+        first_group=10,
+        temperature=temperature,
+    )
+    inputs = case.inputs
+    expected = sample.reference(inputs.logits[:, :300], inputs.keys, inputs.positions, rules)
+    scores, tokens, chosen, totals = case.parts
+    assert torch.equal(tokens.long() - start, expected.columns)
+    assert torch.equal(chosen, expected.chosen.double())
+    torch.testing.assert_close(scores, expected.scores, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(totals, expected.totals.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 127, 128, 129, 4104, 50272])

@@ -82,6 +82,15 @@ def test_the_least_is_the_size_of_the_tensors() -> None:
     assert norm.least == size(*[(2, 768)] * 4, *[(768,)] * 3)
     assert norm.times == 24
     assert calls["sample"][0].least == size((2, 50304)) + size((4, 2), dtype=torch.float64)
+    products = {call.op: call.least for call in calls["tiled_linear"]}
+    assert products["QKV product"] == size((2, 768), (2304, 768), (2, 2304))
+    assert products["first MLP product, bias, ReLU"] == size(
+        (2, 768), (3072, 768), (3072,), (2, 3072)
+    )
+    assert products["logits"] == size((2, 768), (50304, 768), (2, 50304))
+    (relu,) = calls_by_source(other_calls(SMALL, Format.BFLOAT16))["bias_relu"]
+    assert relu.least == size((48, 3072), (3072,), (48, 3072))
+    assert relu.asked - relu.least == (48 - 1) * size((3072,))
 
 
 def test_kernels_that_read_everything_once_ask_for_the_least() -> None:
@@ -106,6 +115,30 @@ def test_splits_of_the_attention_write_and_read_their_parts() -> None:
     pages = 2048 // 16 * 4
     more_queries, more_tables = (splits - 1) * 768 * 2, (12 - 1) * (pages + 8)
     assert call.asked - call.least == parts + more_queries + more_tables
+
+
+def test_products_read_the_weight_once_and_the_tokens_for_every_64_rows() -> None:
+    """Of two rows, 3072 inputs and 768 outputs, in splits whose parts are written and read."""
+    (call,) = (c for c in decode_calls(SMALL, Format.BFLOAT16) if c.op == "second MLP product")
+    product, add = call.launches()
+    splits = product.grid[2]
+    assert product.grid == (1, 768 // 64, splits)
+    assert splits > 1
+    assert add.kernel == "add_splits_kernel"
+    tokens_again, parts = (768 // 64 - 1) * 2 * 3072 * 2, 2 * splits * 2 * 768 * 4
+    assert call.asked - call.least == tokens_again + parts
+
+
+def test_an_all_reduce_reads_the_messages_of_all_ranks_and_goes_in_parts_if_it_is_long() -> None:
+    """16 rows of 12288 columns are 384 KiB in bf16; 32 in fp32 are more than the kernel takes."""
+    for rows, number, parts in ((16, Format.BFLOAT16, 1), (32, Format.FLOAT32, 2)):
+        shape = shape_of("facebook/opt-175b", ranks=8, rows=rows)
+        (call,) = (c for c in decode_calls(shape, number) if c.source == "all_reduce")
+        message = rows * 12288 * number.num_bytes
+        assert call.times == 2 * 96 * parts
+        assert call.least * parts == 2 * message
+        assert call.asked * parts == (1 + 1 + 8 + 1) * message
+        assert [launch.kernel for launch in call.launches()] == ["all_reduce_kernel"]
 
 
 def test_a_rank_has_its_share_and_whole_groups_of_the_vocabulary() -> None:

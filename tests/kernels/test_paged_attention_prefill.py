@@ -15,8 +15,9 @@ def test_it_is_as_exact_as_its_format_for_ragged_chunks(
     dtype: torch.dtype, head_dim: int, order: Order
 ) -> None:
     """Chunks below, at and above a tile of queries, empty ones, with and without a past."""
-    for block_size in (16, 64):
-        chunks = ((0, 1), (block_size - 1, 2), (0, 0), (5, 67), (40, 0), (0, 32))
+    tiles, long = ((5, 67), (40, 0), (0, 32)), ((697, 3), (0, 20))
+    for block_size, more in ((16, tiles), (32, long), (64, tiles), (128, long)):
+        chunks = ((0, 1), (block_size - 1, 2), (0, 0), *more)
         case = prefill_case(dtype, head_dim=head_dim, block_size=block_size, chunks=chunks, heads=1)
         assert case.fault_here(order) == "", block_size
 

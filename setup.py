@@ -42,6 +42,7 @@ TEST = [
     *DEMO,  # the end-to-end test runs the demo
     "hypothesis==6.170.15",
     "mypy==2.4.1",
+    "nvidia-cuda-nvdisasm==13.5.37",  # reads what nvcc makes of the kernels, where there is nvcc
     "pytest==9.2.0",
     "ruff==0.17.6",
 ]

@@ -7,6 +7,7 @@
 // always in the same order: the same input gives the same bits. Slots beyond a row's length and
 // table entries beyond its pages are never read.
 #include "../include/numeric.h"
+#include "../include/pages.h"
 #include "../include/reduce.h"
 
 namespace megachat {
@@ -16,27 +17,12 @@ constexpr int kWarps = 4;
 constexpr int kTokensInFlight = 4;  // of a group of lanes: as many 16-byte loads of keys and values
 constexpr int kMaxSplits = 64;
 constexpr int kMinTokensPerSplit = 256;
-constexpr int64_t kMaxReach = 1 << 24;  // tokens that PageDivider is exact for
-constexpr int kMinBlockSize = 16, kMaxBlockSize = 256;
-constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ constexpr int next_power_of_two(int value) {
   int power = 1;
   while (power < value) power *= 2;
   return power;
 }
-
-// token / block_size by multiplication: exact while token x (excess of the multiplier) < 2^32, and
-// the excess is at most block_size.
-struct PageDivider {
-  unsigned block_size, multiplier;
-
-  explicit PageDivider(int size)
-      : block_size(size), multiplier(static_cast<unsigned>((1ull << 32) / size + 1)) {}
-  __device__ __forceinline__ unsigned page(unsigned token) const {
-    return __umulhi(token, multiplier);
-  }
-};
 
 template <typename T>
 struct DecodeArguments {
@@ -92,10 +78,7 @@ __device__ __forceinline__ void stream_tokens(const DecodeArguments<T>& a, int r
       const int token = base + t * stride + group;
       keys[t] = values[t] = make_uint4(0, 0, 0, 0);
       if (token < end && has_columns) {
-        const unsigned page = a.divider.page(token);
-        const size_t slot = static_cast<size_t>(table[page]) * a.divider.block_size +
-                            (token - page * a.divider.block_size);
-        const size_t offset = (slot * a.heads + head) * kHeadDim + column;
+        const size_t offset = (a.divider.slot(table, token) * a.heads + head) * kHeadDim + column;
         keys[t] = load_raw(a.keys + offset);
         values[t] = load_raw(a.values + offset);
       }
@@ -260,10 +243,8 @@ MEGACHAT_EXPORT int megachat_paged_attention_decode(int format, const void* quer
                                                     int head_dim, int block_size, int columns,
                                                     int splits, void* stream) {
   using namespace megachat;
-  if (rows < 0 || heads <= 0 || columns < 0 || splits < 1 || splits > kMaxSplits ||
-      block_size < kMinBlockSize || block_size > kMaxBlockSize ||
-      static_cast<int64_t>(columns) * block_size > kMaxReach ||
-      (splits > 1 && workspace == nullptr)) {
+  if (rows < 0 || heads <= 0 || splits < 1 || splits > kMaxSplits ||
+      !valid_pages(columns, block_size) || (splits > 1 && workspace == nullptr)) {
     return cudaErrorInvalidValue;
   }
   for (const void* pointer :

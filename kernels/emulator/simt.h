@@ -230,6 +230,10 @@ T atomicMax(T* address, T operand) {
   return simt::atomic_update<T>(address, operand, [](T a, T b) { return a < b ? b : a; });
 }
 template <typename T>
+T atomicOr(T* address, T operand) {
+  return simt::atomic_update<T>(address, operand, [](T a, T b) { return a | b; });
+}
+template <typename T>
 T atomicExch(T* address, T operand) {
   return simt::atomic_update<T>(address, operand, [](T, T b) { return b; });
 }

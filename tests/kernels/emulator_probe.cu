@@ -39,7 +39,8 @@ __global__ void misuse_kernel(int what, float* out) {
 }
 
 // out: [0, 64) shuffles with width 8, [64, 128) ballots, [128] and [129] atomics, [130, 194) what
-// shared memory held before anyone wrote, [194, 258) the neighbour's value by way of shared memory.
+// shared memory held before anyone wrote, [194, 258) the neighbour's value by way of shared memory,
+// [258] a word whose bits atomics have set.
 __global__ void use_kernel(float* out) {
   MEGACHAT_DYNAMIC_SHARED(shared);
   float* const values = reinterpret_cast<float*>(shared);
@@ -52,6 +53,7 @@ __global__ void use_kernel(float* out) {
   out[64 + thread] = static_cast<float>(__ballot_sync(kWholeWarp, thread % 32 < 3));
   atomicAdd(&out[128], own);
   atomicMax(&out[129], own);
+  atomicOr(reinterpret_cast<unsigned*>(&out[258]), 1u << thread % 16);
   values[thread] = own;
   __syncthreads();
   out[194 + thread] = values[(thread + 1) % blockDim.x];

@@ -29,7 +29,7 @@ def line_of(text: str) -> int:
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
 def test_shuffles_ballots_atomics_and_shared_memory_do_what_cuda_says(order: Order) -> None:
-    out = torch.zeros(258)
+    out = torch.zeros(259)
     assert run_here(PROBE, "probe_use", [out], order) == Outcome(0, "")
     for thread in range(64):
         inside = thread % 8
@@ -39,7 +39,8 @@ def test_shuffles_ballots_atomics_and_shared_memory_do_what_cuda_says(order: Ord
     assert (out[64:128] == 7).all()
     assert out[128:130].tolist() == [sum(range(64)), 63]
     assert out[130:194].isnan().all(), "shared memory starts as NaN"
-    assert out[194:].tolist() == [(thread + 1) % 64 for thread in range(64)]
+    assert out[194:258].tolist() == [(thread + 1) % 64 for thread in range(64)]
+    assert out[258:].view(torch.int32).item() == 2**16 - 1
 
 
 def order_of(order: Order) -> list[int]:
@@ -76,7 +77,7 @@ def test_misuse_is_an_error_with_its_place_and_the_next_launch_works(
     assert message in outcome.error
     assert f"emulator_probe.cu:{line_of(place) + 1}" in outcome.error
     assert "misuse_kernel" in outcome.error
-    assert run_here(PROBE, "probe_use", [torch.zeros(258)], order) == Outcome(0, "")
+    assert run_here(PROBE, "probe_use", [torch.zeros(259)], order) == Outcome(0, "")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_a_launch_that_no_gpu_accepts_is_refused(
     threads: int, grid_y: int, shared_bytes: int
 ) -> None:
     outcome = run_here(
-        PROBE, "probe_configuration", [threads, grid_y, shared_bytes, torch.zeros(258)], FORWARD
+        PROBE, "probe_configuration", [threads, grid_y, shared_bytes, torch.zeros(259)], FORWARD
     )
     assert "impossible launch" in outcome.error
     assert outcome.code == 9

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels import all_reduce_faults, linear_faults
+from tests.kernels import all_reduce_faults, linear_faults, prefill_faults, sample_faults
 from tests.kernels.build import Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.faults import Fault, first_complaint, sources_with, start_building
@@ -35,6 +35,8 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
         lambda: statistics_case(torch.bfloat16, width=2056, padding=3),
         lambda: gradient_case(torch.bfloat16, width=264, padding=3),
     ),
+    **prefill_faults.CASES,
+    **sample_faults.CASES,
     **linear_faults.CASES,
     **all_reduce_faults.CASES,
 }
@@ -117,11 +119,24 @@ FAULTS = (
     Fault(
         "next slot of the page",
         DECODE,
-        "(token - page * a.divider.block_size)",
-        "(token + 1 - page * a.divider.block_size)",
+        "(token - in_table * block_size)",
+        "(token + 1 - in_table * block_size)",
+        file="include/pages.h",
     ),
-    Fault("next page of the table", DECODE, "table[page]", "table[page + 1]"),
-    Fault("pages counted by too small a multiplier", DECODE, "/ size + 1)", "/ size - 1)"),
+    Fault(
+        "next page of the table",
+        DECODE,
+        "table[in_table]",
+        "table[in_table + 1]",
+        file="include/pages.h",
+    ),
+    Fault(
+        "pages counted by too small a multiplier",
+        DECODE,
+        "/ size + 1)",
+        "/ size - 1)",
+        file="include/pages.h",
+    ),
     Fault(
         "lanes beyond the head not masked",
         DECODE,
@@ -181,6 +196,8 @@ FAULTS = (
         "< kNegligible ? kNegligible :",
         "< -1e39 ? 0.0f :",
     ),
+    *prefill_faults.FAULTS,
+    *sample_faults.FAULTS,
     *linear_faults.FAULTS,
     *all_reduce_faults.FAULTS,
 )

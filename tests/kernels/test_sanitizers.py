@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.generation.config import SamplingConfig
 from tests.kernels.all_reduce_cases import all_reduce_case
 from tests.kernels.build import Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.launch import FORWARD, RANDOM
 from tests.kernels.linear_cases import Shape, bias_relu_case, linear_case
 from tests.kernels.logprob_cases import gradient_case, statistics_case
+from tests.kernels.prefill_cases import prefill_case
+from tests.kernels.sample_cases import combine_case, sample_case
 
 TINY: dict[str, Callable[[], Case]] = {
     "pre-LN of one pack a thread": lambda: layer_norm_case(torch.float32, hidden=136, tokens=2),
@@ -30,6 +33,20 @@ TINY: dict[str, Callable[[], Case]] = {
     ),
     "statistics": lambda: statistics_case(torch.bfloat16, width=264, tokens=2),
     "gradient": lambda: gradient_case(torch.bfloat16, width=264, tokens=2),
+    "prefill": lambda: prefill_case(
+        torch.bfloat16, head_dim=80, block_size=16, chunks=((3, 35), (0, 0), (0, 2)), heads=1
+    ),
+    "greedy": lambda: sample_case(
+        torch.float32,
+        columns=140,
+        rows=1,
+        config=SamplingConfig(temperature=0.0, repetition_penalty=2.0, min_new_tokens=5),
+        stops=(3,),
+    ),
+    "draw": lambda: sample_case(
+        torch.bfloat16, columns=140, rows=1, config=SamplingConfig(top_k=9, top_p=0.5)
+    ),
+    "combine": lambda: combine_case(ranks=2, rows=3),
     "product in one split": lambda: linear_case(
         torch.bfloat16, Shape(tokens=11, outputs=24, width=72, tiles=2, bias=True, relu=True)
     ),

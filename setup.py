@@ -44,6 +44,7 @@ TEST = [
     "mypy==2.4.1",
     "nvidia-cuda-nvdisasm==13.5.37",  # reads what nvcc makes of the kernels, where there is nvcc
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",  # runs tests on two cores at once
     "ruff==0.17.6",
 ]
 

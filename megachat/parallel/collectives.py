@@ -130,7 +130,7 @@ def start_all_gather(whole: Tensor, group: dist.ProcessGroup) -> PendingTransfer
         group: The ranks.
     """
     own = whole.view(-1).chunk(group.size())[group.rank()]
-    work = dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
+    work = dist.all_gather_single(whole.view(-1), own, group=group, async_op=True)
     return PendingTransfer(works=(work,), received_bytes=whole.nbytes - own.nbytes)
 
 

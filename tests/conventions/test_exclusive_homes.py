@@ -41,6 +41,7 @@ COLLECTIVE_CALLS = (
     "all_gather",
     "all_gather_coalesced",
     "all_gather_into_tensor",
+    "all_gather_single",
     "all_gather_object",
     "all_reduce",
     "all_reduce_coalesced",

@@ -4,8 +4,8 @@
 
 Gloo ranks on this machine run megachat's reshard, megatron-core's `swap_model_weights` (over a copy
 service for the CPU), a gather of full tensors that are then cut, and bare collectives that deliver
-as many bytes as megachat receives. Methods take turns, so that a busy machine slows all of them. The
-default model has the layers of OPT-125m, the smallest one published.
+as many bytes as megachat receives. Methods take turns, so that a busy machine slows all of them.
+The default model has the layers of OPT-125m, the smallest one published.
 """
 
 import ctypes

@@ -168,8 +168,13 @@ def instructions(source: str, architecture: str) -> dict[str, Counter[str]]:
         KernelError: There is no disassembler, or it cannot read what nvcc wrote.
     """
     cubin = compiled(source).cubins[architecture]
-    text = _run([disassembler(), "-c", cubin])
-    bodies = _FUNCTION.split(text)[1:]
+    listing = cubin.with_suffix(".sass")
+    if not listing.exists():
+        with tempfile.TemporaryDirectory(dir=listing.parent) as scratch:
+            unfinished = Path(scratch, listing.name)
+            unfinished.write_text(_run([disassembler(), "-c", cubin]))
+            unfinished.replace(listing)
+    bodies = _FUNCTION.split(listing.read_text())[1:]
     return {
         name: Counter(_INSTRUCTION.findall(body))
         for name, body in zip(bodies[::2], bodies[1::2], strict=True)

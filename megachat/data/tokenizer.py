@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import Any, Self
 
 import sentencepiece
@@ -168,9 +169,10 @@ def train_sentencepiece(
 ) -> Tokenizer:
     """Trains a sentencepiece unigram vocabulary and saves it as a fast tokenizer.
 
-    Texts are streamed; one thread and a fixed seed make the result a function of the texts. As in
-    OPT's own vocabulary a word carries its leading space, and no space is put in front of a text:
-    ` hello` and `hello` are different, and `decode(encode(text))` gives normalised text back.
+    Texts are streamed; one thread and a sample that depends on the seed alone make the result a
+    function of the texts. As in OPT's own vocabulary a word carries its leading space, and no space
+    is put in front of a text: ` hello` and `hello` are different, and `decode(encode(text))` gives
+    normalised text back.
 
     Args:
         texts: Training texts, markers included.
@@ -234,17 +236,14 @@ def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
             yield text
 
     written = io.BytesIO()
-    sentencepiece.set_random_generator_seed(config.seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=counted(),
+            sentence_iterator=iter(_sample(counted(), config)),
             model_writer=written,
             model_type="unigram",
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
             user_defined_symbols=list(config.user_defined_symbols),
-            input_sentence_size=config.max_sentences,
-            shuffle_input_sentence=True,
             max_sentence_length=config.max_sentence_bytes,
             num_threads=1,
             bos_id=0,
@@ -265,6 +264,20 @@ def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(written.getvalue())
     return proto
+
+
+def _sample(texts: Iterable[str], config: SentencePieceConfig) -> list[str]:
+    """At most `max_sentences` of the texts, each as likely as any other (a reservoir).
+
+    The trainer could sample for itself, but draws otherwise in every process, whatever its seed.
+    """
+    random, chosen = Random(config.seed), list[str]()
+    for index, text in enumerate(texts):
+        if len(chosen) < config.max_sentences:
+            chosen.append(text)
+        elif (place := random.randrange(index + 1)) < config.max_sentences:
+            chosen[place] = text
+    return chosen
 
 
 def _round_scores(proto: Any) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megachat.data.config import SentencePieceConfig
 from megachat.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from megachat.errors import CheckpointError, ConfigError, DataError
 from tests.data.samples import corpus, sentence, train_tiny
+from tests.harness import run_ranks
 
 OPT_FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "opt_tokenizer"
 
@@ -85,6 +87,18 @@ def test_repeated_letters_are_cut_as_sentencepiece_cuts_them(tmp_path: Path) -> 
     trained = module.train_sentencepiece(texts, SentencePieceConfig(vocab_size=24), tmp_path)
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / SENTENCEPIECE_FILE))
     assert trained.encode_batch(texts) == oracle.encode(texts)
+
+
+def _fingerprint_of_a_sample(folder: Path, seed: int) -> str:
+    texts = [f" {number % 97} and {number % 89}" for number in range(3000)]
+    config = SentencePieceConfig(vocab_size=40, max_sentences=300, seed=seed)
+    return module.train_sentencepiece(texts, config, folder / str(os.getpid())).fingerprint
+
+
+def test_every_process_draws_the_same_sample_of_the_texts(tmp_path: Path) -> None:
+    """sentencepiece's own sampling does not, and a run would differ from its repetition."""
+    first, second = run_ranks(2, _fingerprint_of_a_sample, tmp_path, 5)
+    assert first == second != run_ranks(1, _fingerprint_of_a_sample, tmp_path, 6)[0]
 
 
 @pytest.mark.parametrize("control", ["<s>", "<pad>", "</s>", "<unk>"])

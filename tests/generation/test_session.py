@@ -62,7 +62,7 @@ WAYS = {
     "small batch": replace(PLAIN, max_sequences=3),
     "small chunks": replace(PLAIN, prefill_tokens=5),
     "preemption": replace(PLAIN, num_blocks=9),
-    "everything": Way(block_size=2, num_blocks=11, max_sequences=5, prefill_tokens=3),
+    "everything": Way(block_size=2, num_blocks=22, max_sequences=8, prefill_tokens=5),
 }
 
 

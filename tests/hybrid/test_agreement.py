@@ -49,9 +49,9 @@ PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
         (ParallelLayout(tensor=4, data=2), 2),
     ),
 }
-BLOCK_SIZE, NEW_TOKENS, SAMPLES = 2, 10, 2
-SMALLEST, LARGE = 11, 1000
-"""Blocks in the cache: one sequence of 12 + 10 tokens fills the smallest."""
+BLOCK_SIZE, NEW_TOKENS, SAMPLES = 2, 8, 2
+SMALLEST, LARGE = 10, 1000
+"""Blocks in the cache: one sequence of 12 + 8 tokens fills the smallest."""
 RAGGED, MOST_REPLICAS = (3, 12, 1, 6, 11), 8
 EQUAL = 9
 """Length of the prompts that are all one."""

@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 Pair = tuple[ParallelLayout, int]
 PAIRS: dict[int, tuple[Pair, ...]] = {
     1: ((ParallelLayout(), 1),),
-    2: ((ParallelLayout(tensor=2), 1), (ParallelLayout(data=2), 2), (ParallelLayout(data=2), 1)),
+    2: ((ParallelLayout(tensor=2), 1), (ParallelLayout(data=2), 2)),
     4: ((ParallelLayout(tensor=2, pipeline=2), 1),),
 }
 

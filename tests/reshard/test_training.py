@@ -21,7 +21,7 @@ from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, fill,
 from tests.training.tasks import ROWS, sft_batch
 
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, epsilon=1e-3, weight_decay=0.1, clip_norm=0.5)
-STEPS = 3
+STEPS = 2
 CASES: dict[int, list[tuple[Case, OptConfig]]] = {
     4: [
         (Case(train=(2, 2, 1), generate=1), PRE_LN),

@@ -22,7 +22,7 @@ _CHARTS = (
     Chart(stage="reward", title="Loss", metrics=("reward/loss",)),
     Chart(stage="reward", title="Accuracy", metrics=("reward/accuracy",)),
     Chart(stage="rlhf", title="Score of the reward model", metrics=("rlhf/score",)),
-    Chart(stage="rlhf", title="KL to the reference (nats per token)", metrics=("rlhf/kl",)),
+    Chart(stage="rlhf", title="KL to the reference (nats/token)", metrics=("rlhf/kl",)),
     Chart(stage="rlhf", title="KL coefficient", metrics=("rlhf/kl_coefficient",)),
     Chart(stage="rlhf", title="Losses", metrics=("ppo/policy_loss", "ppo/value_loss")),
     Chart(
@@ -35,7 +35,7 @@ _CHARTS = (
     Chart(stage="rlhf", title="Response length", metrics=("rlhf/response_length",)),
     Chart(
         stage="rlhf",
-        title="Log-probs of decoding against training (nats)",
+        title="Decoding against training (nats)",
         metrics=("rlhf/rollout_logprob_gap", "rlhf/rollout_logprob_gap_mean"),
     ),
 )

@@ -16,12 +16,12 @@ from megachat.generation.config import GenerationConfig, SamplingConfig
         (
             SamplingConfig,
             {"max_new_tokens": 0},
-            "max_new_tokens: input should be greater",
+            "max_new_tokens: input should be greater than or equal to 1",
         ),
         (
             SamplingConfig,
             {"temperature": -0.1},
-            "temperature: input should be greater",
+            "temperature: input should be greater than or equal to 0",
         ),
         (SamplingConfig, {"top_p": 0.0}, "top_p: input should be greater than 0"),
         (SamplingConfig, {"top_p": 1.1}, "top_p: input should be less than or equal to 1"),
@@ -31,7 +31,7 @@ from megachat.generation.config import GenerationConfig, SamplingConfig
         (
             SamplingConfig,
             {"temperatur": 1.0},
-            "unknown key (did you mean 'temperature'?)",
+            "temperatur: unknown key (did you mean 'temperature'?)",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the started ranks of the failure tests do; imported afresh by each of them.
+"""What the started ranks of the failure tests do.
 
 Rank 1 fails in the middle of something that the other rank goes on with and would wait in for ever.
 """

@@ -232,7 +232,10 @@ def occupancies(asked: Sequence[tuple[Instance, Launch]]) -> list[Occupancy]:
     target = CACHE / digest / "occupancy"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([_nvcc(), "-x", "c++", program, "-o", target])
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            unfinished = Path(scratch, target.name)
+            _run([_nvcc(), "-x", "c++", program, "-o", unfinished])
+            unfinished.replace(target)
     lines = [
         f"{instance.architecture} {instance.registers} {launch.threads} {launch.shared_bytes}\n"
         for instance, launch in asked

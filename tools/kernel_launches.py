@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -405,21 +406,26 @@ def _recording(source: str) -> ctypes.CDLL:
     target = CACHE / digest.hexdigest()[:16] / f"{source}-recorder.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        unit, unfinished = target.with_suffix(".cpp"), target.with_suffix(".unfinished")
-        unit.write_text(text, encoding="utf-8")
-        flags = ("-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden")
-        try:
-            ran = subprocess.run(
-                ["g++", *flags, str(unit), "-o", str(unfinished)], capture_output=True, text=True
-            )
-        except FileNotFoundError as error:
-            raise KernelError("g++ is not on PATH: it compiles the kernels' launchers") from error
-        if ran.returncode != 0:
-            raise KernelError(f"g++ cannot compile the launchers of {path}: {ran.stderr[:300]}")
-        unfinished.replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # others may build it, too
+            unit, unfinished = Path(scratch, "recorder.cpp"), Path(scratch, target.name)
+            unit.write_text(text, encoding="utf-8")
+            _compile(unit, unfinished, path)
+            unfinished.replace(target)
     library = ctypes.CDLL(str(target), mode=ctypes.DEFAULT_MODE)
     library.recorder_launches.restype = ctypes.c_char_p
     return library
+
+
+def _compile(unit: Path, library: Path, source: Path) -> None:
+    flags = ("-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden")
+    try:
+        ran = subprocess.run(
+            ["g++", *flags, str(unit), "-o", str(library)], capture_output=True, text=True
+        )
+    except FileNotFoundError as error:
+        raise KernelError("g++ is not on PATH: it compiles the kernels' launchers") from error
+    if ran.returncode != 0:
+        raise KernelError(f"g++ cannot compile the launchers of {source}: {ran.stderr[:300]}")
 
 
 def _parsed(text: str) -> Iterator[Launch]:

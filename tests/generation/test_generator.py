@@ -5,12 +5,12 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megachat.errors import MegachatError
 from megachat.generation.config import SamplingConfig
 from megachat.generation.generator import Generator
-from megachat.model import Head
+from megachat.model import Head, OptConfig
 from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
@@ -118,16 +118,21 @@ def _differences(found: Rollout, expected: Rollout) -> list[str]:
     ]
 
 
+def _huggingface_answers(config: OptConfig, oracle: nn.Module, case: Case) -> list[list[int]]:
+    """Greedy ones to all prompts of a case."""
+    batch = gen.prompts(config, case)
+    return [
+        gen.greedy(oracle, row[:length], sampling=case.sampling, stop_ids=case.stop_ids)
+        for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
+    ]
+
+
 def _greedy_cases() -> dict[str, dict[str, Case]]:
     """Greedy decoding with a stop token that some rows emit early, and with a shortest length."""
     cases = {}
     for name, config in CONFIGS.items():
         oracle = gen.oracle(config)
-        batch = gen.prompts(config, GREEDY)
-        first = [
-            gen.greedy(oracle, row[:length], sampling=GREEDY.sampling, stop_ids=())
-            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-        ]
+        first = _huggingface_answers(config, oracle, GREEDY)
         stops = (first[0][2], first[3][0])
         shortest = SamplingConfig(max_new_tokens=8, temperature=0.0, min_new_tokens=4)
         cases[name] = {
@@ -174,11 +179,7 @@ def greedy(cases: dict[str, dict[str, Case]]) -> dict[tuple[str, str], list[list
         for title, case in cases[name].items():
             if case.sampling.temperature:
                 continue
-            batch = gen.prompts(config, case)
-            found[name, title] = [
-                gen.greedy(oracle, row[:length], sampling=case.sampling, stop_ids=case.stop_ids)
-                for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
-            ]
+            found[name, title] = _huggingface_answers(config, oracle, case)
     return found
 
 

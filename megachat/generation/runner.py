@@ -15,7 +15,7 @@ from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
-from megachat.ops import cpu_kernels
+from megachat.ops import cpu_kernels, cuda_kernels
 from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
@@ -55,6 +55,8 @@ class ModelRunner:
         """
         if backend is Backend.CPU:
             cpu_kernels.prepare()
+        if backend is Backend.CUDA:
+            cuda_kernels.prepare()
         self._weights = weights
         self._cache = cache
         self._group = weights.groups.tensor

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from megachat.errors import ConfigError
 from megachat.generation.config import SamplingConfig
+from megachat.ops.philox import GROUP_TOKENS
 from megachat.ops.registry import Backend
-from megachat.ops.sample import GROUP_TOKENS, Drawn, DrawRules, choose, forbid, sample, scale
+from megachat.ops.sample import Drawn, DrawRules, choose, forbid, sample, scale
 from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
 from megachat.parallel.rng import seed_for
 

@@ -1,4 +1,4 @@
-"""The one place where this project's C++ kernels are compiled: once, at first use, for this CPU.
+"""The one place where this project's kernels are compiled: once, at first use, for this machine.
 
 A library is kept in the user's cache folder under a hash of all it was made from: sources, flags,
 compiler and the CPU's features. It is built beside its place and renamed, so it is either whole or
@@ -23,24 +23,64 @@ from megachat.errors import KernelError
 
 _LOG = logging.getLogger(__name__)
 
-COMPILER = "g++"
-_FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    "-Wno-psabi",
-)
 _WITHOUT = 'use backend = "reference" to do without the kernels'
+_KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+"""Where an editable install finds the kernels: beside the package."""
 
 
-def _sources() -> Path:
-    """Where an editable install finds the kernels: beside the package."""
-    return Path(__file__).resolve().parents[2] / "kernels" / "cpu"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Toolchain:
+    """Who makes libraries of one kind, and how."""
+
+    name: str
+    """Starts the names of files."""
+    title: str
+    """What messages call the kernels."""
+    compiler: str
+    """The program."""
+    flags: tuple[str, ...]
+    """For every library."""
+    suffix: str
+    """Of the sources that are compiled."""
+    duration: str
+    """What to expect of a build."""
+    how_to_get: str
+    """What to do where there is no compiler."""
+    oldest: str
+    """What to try where it fails."""
+
+
+GXX = Toolchain(
+    name="cpu",
+    title="CPU kernels",
+    compiler="g++",
+    flags=(
+        "-std=c++17",
+        "-O3",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fopenmp",
+        "-fPIC",
+        "-shared",
+        "-Wno-psabi",
+    ),
+    suffix=".cpp",
+    duration="some ten seconds",
+    how_to_get="install one (apt-get install g++)",
+    oldest="use g++ 12 or later",
+)
+NVCC = Toolchain(
+    name="cuda",
+    title="CUDA kernels",
+    compiler="nvcc",
+    # All processors, since each of the sources takes some ten seconds.
+    flags=("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "0"),
+    suffix=".cu",
+    duration="a minute",
+    how_to_get="install NVIDIA's CUDA toolkit and put its bin folder there",
+    oldest="use CUDA 12 or later",
+)
 
 
 def _cache() -> Path:
@@ -51,13 +91,27 @@ def _cache() -> Path:
 class Recipe:
     """What a library is made from, and where it is kept."""
 
-    sources: Path = field(default_factory=_sources)
-    """Folder of `.cpp` files, which become one library, and of the headers they include."""
+    toolchain: Toolchain = GXX
+    """Who makes it."""
+    sources: Path = _KERNELS / "cpu"
+    """Folder of the sources, which become one library, and of headers that they include."""
+    headers: Path | None = None
+    """Folder of further headers that they include."""
     cache: Path = field(default_factory=_cache)
     """Folder of finished libraries."""
     flags: tuple[str, ...] = ("-march=native",)
     """For the compiler, besides those that every library has; the default asks for this CPU's
     features, and the sources fall back to plain code where it has none of those they know."""
+
+    @classmethod
+    def for_gpu(cls, architecture: str) -> "Recipe":
+        """The CUDA kernels for an architecture such as `sm_90a`."""
+        return cls(
+            toolchain=NVCC,
+            sources=_KERNELS / "cuda",
+            headers=_KERNELS / "include",
+            flags=(f"-arch={architecture}",),
+        )
 
 
 @functools.cache
@@ -83,58 +137,63 @@ def build(recipe: Recipe) -> Path:
     Raises:
         KernelError: As `load_library`.
     """
-    units = sorted(recipe.sources.glob("*.cpp"))
+    tools = recipe.toolchain
+    units = sorted(recipe.sources.glob(f"*{tools.suffix}"))
     if not units:
         raise KernelError(
             f"{recipe.sources}: no kernel sources: install megachat from its repository "
             f"(pip install -e .), or {_WITHOUT}"
         )
-    compiler = shutil.which(COMPILER)
+    compiler = shutil.which(tools.compiler)
     if compiler is None:
         raise KernelError(
-            f"the CPU kernels need {COMPILER}, and none is on the PATH: install one "
-            f"(apt-get install g++), or {_WITHOUT}"
+            f"the {tools.title} need {tools.compiler}, and none is on the PATH: "
+            f"{tools.how_to_get}, or {_WITHOUT}"
         )
-    library = recipe.cache / f"cpu-{_digest(recipe, compiler)}.so"
+    library = recipe.cache / f"{tools.name}-{_digest(recipe, compiler)}.so"
     if library.is_file():
         return library
     try:
         recipe.cache.mkdir(parents=True, exist_ok=True)
-        with _lock_for(library):
+        with _lock_for(library, tools):
             if not library.is_file():
                 _compile(recipe, units, compiler=compiler, library=library)
     except OSError as error:
         raise KernelError(
-            f"{recipe.cache}: cannot keep the CPU kernels here ({error.strerror}): make it "
+            f"{recipe.cache}: cannot keep the {tools.title} here ({error.strerror}): make it "
             f"writable, or {_WITHOUT}"
         ) from error
     return library
 
 
-def _lock_for(library: Path) -> filelock.BaseFileLock:
+def _lock_for(library: Path, tools: Toolchain) -> filelock.BaseFileLock:
     """A lock, not yet held; says so where another process has it."""
     lock = filelock.FileLock(library.with_suffix(".lock"))
     try:
         lock.acquire(blocking=False)
         lock.release()
     except filelock.Timeout:
-        _LOG.info("waiting for another process to build the CPU kernels")
+        _LOG.info("waiting for another process to build the %s", tools.title)
     return lock
 
 
 def _compile(recipe: Recipe, units: list[Path], *, compiler: str, library: Path) -> None:
-    _LOG.info("building the CPU kernels, once for this machine (some ten seconds)")
+    tools = recipe.toolchain
+    _LOG.info("building the %s, once for this machine (%s)", tools.title, tools.duration)
     started = time.perf_counter()
     unfinished = library.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    command = [compiler, *_FLAGS, *recipe.flags, *map(str, units), "-o", str(unfinished)]
+    command = [compiler, *tools.flags, *recipe.flags, *map(str, units), "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         unfinished.unlink(missing_ok=True)
         lines = done.stderr.splitlines()
-        first = next((line for line in lines if "error" in line), f"status {done.returncode}")
+        first = next(
+            (line for line in lines if "error" in line or "fatal" in line),
+            f"status {done.returncode}",
+        )
         _LOG.debug("%s\n%s", " ".join(command), done.stderr)
         raise KernelError(
-            f"{compiler} cannot build {recipe.sources}: {first.strip()}: use g++ 12 or later, or "
+            f"{compiler} cannot build {recipe.sources}: {first.strip()}: {tools.oldest}, or "
             f"{_WITHOUT}"
         )
     unfinished.replace(library)
@@ -144,10 +203,12 @@ def _compile(recipe: Recipe, units: list[Path], *, compiler: str, library: Path)
 def _digest(recipe: Recipe, compiler: str) -> str:
     """A hash of everything that the library depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    parts = [version.stdout, *_FLAGS, *recipe.flags, platform.machine(), _cpu_features()]
+    tools = recipe.toolchain
+    parts = [version.stdout, *tools.flags, *recipe.flags, platform.machine(), _cpu_features()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(recipe.sources.iterdir()):
-        if path.suffix in {".cpp", ".h"}:
+    folders = [recipe.sources] if recipe.headers is None else [recipe.sources, recipe.headers]
+    for path in (path for folder in folders for path in sorted(folder.iterdir())):
+        if path.suffix in {tools.suffix, ".h"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
 

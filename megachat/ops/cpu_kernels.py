@@ -5,16 +5,23 @@ kernel runs on as many threads as torch does, in torch's own pool: both use the 
 """
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megachat.errors import KernelError
+from megachat.ops import arguments
 from megachat.ops.build import load_library
 
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _Number = int | float
+
+check_tensors = functools.partial(
+    arguments.check_tensors, device=torch.device("cpu"), dtypes=tuple(_SUFFIX)
+)
+"""Refuses what a kernel would misread."""
 
 
 def prepare() -> None:
@@ -161,38 +168,6 @@ def decode_step(
         ctypes.c_int64(segments.stop),
         ctypes.c_int(torch.get_num_threads()),
     )
-
-
-def check_tensors(
-    name: str,
-    tensors: Sequence[Tensor],
-    *,
-    indices: Sequence[Tensor] = (),
-    tables: Tensor | None = None,
-) -> None:
-    """Refuses what a kernel would misread.
-
-    Raises:
-        KernelError: A tensor is elsewhere, of another dtype or not contiguous.
-    """
-    dtype = tensors[0].dtype
-    if dtype not in _SUFFIX:
-        raise KernelError(
-            f"{name} has no CPU kernel for {dtype}: use float32 or bfloat16, or backend = "
-            '"reference"'
-        )
-    wanted = [(tensor, dtype) for tensor in tensors] + [(index, torch.int64) for index in indices]
-    for tensor, expected in wanted:
-        if tensor.dtype != expected or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise KernelError(
-                f"{name} needs contiguous {expected} tensors on the CPU, got {tensor.dtype} on "
-                f"{tensor.device} with shape {list(tensor.shape)}, strides {tensor.stride()}"
-            )
-    if tables is not None and (tables.dtype != torch.int32 or tables.stride(1) != 1):
-        raise KernelError(
-            f"{name} needs int32 tables with contiguous rows, got {tables.dtype} with strides "
-            f"{tables.stride()}"
-        )
 
 
 def _call(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megachat.ops import cpu_kernels
-from megachat.ops.registry import Backend, Op, register
+from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.registry import Backend, CudaKernel, Op, register
 
 
 def _bias_relu(x: Tensor, bias: Tensor) -> Tensor:
@@ -44,6 +44,7 @@ bias_relu = register(
         reference=_bias_relu,
         tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
         backends={Backend.CPU: cpu_kernels.bias_relu},
+        cuda=CudaKernel(launch=cuda_kernels.bias_relu, fake=lambda x, bias: torch.empty_like(x)),
     )
 )
 """After the first product of a feed-forward block."""
@@ -58,6 +59,10 @@ bias_residual_layer_norm = register(
         reference=_bias_residual_layer_norm,
         tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.5e-3},
         backends={Backend.CPU: cpu_kernels.bias_residual_layer_norm},
+        cuda=CudaKernel(
+            launch=cuda_kernels.bias_residual_layer_norm,
+            fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+        ),
     )
 )
 """After a row-parallel product, in pre-LN and post-LN order alike."""

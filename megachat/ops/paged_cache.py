@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megachat.ops import cpu_kernels
-from megachat.ops.registry import Backend, Op, register
+from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.registry import Backend, CudaKernel, Op, register
 
 GATHER_ELEMENTS = 1 << 20
 """Keys that the reference copies out of their pages at once, so that the copy stays in a cache."""
@@ -142,6 +142,7 @@ kv_append = register(
         reference=_append,
         tolerance=_TOLERANCE,
         backends={Backend.CPU: cpu_kernels.kv_append},
+        cuda=CudaKernel(launch=cuda_kernels.kv_append, fake=cuda_kernels.new_queries),
     )
 )
 """QKV bias, scatter of keys and values into their pages."""
@@ -155,6 +156,10 @@ paged_attention_decode = register(
         reference=_decode,
         tolerance=_TOLERANCE,
         backends={Backend.CPU: cpu_kernels.paged_attention_decode},
+        cuda=CudaKernel(
+            launch=cuda_kernels.paged_attention_decode,
+            fake=lambda query, *_: torch.empty_like(query),
+        ),
     )
 )
 """One query token per row against its pages."""
@@ -169,6 +174,10 @@ paged_attention_prefill = register(
         reference=_prefill,
         tolerance=_TOLERANCE,
         backends={Backend.CPU: cpu_kernels.paged_attention_prefill},
+        cuda=CudaKernel(
+            launch=cuda_kernels.paged_attention_prefill,
+            fake=lambda query, *_: torch.empty_like(query),
+        ),
     )
 )
 """Ragged chunks of query tokens, causal, against their pages."""

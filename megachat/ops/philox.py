@@ -8,6 +8,9 @@ is named by what it is for, so it does not matter who computes it, when, or besi
 import torch
 from torch import Tensor
 
+GROUP_TOKENS = 128
+"""Neighbouring tokens whose draws share a stream; the kernels count on it."""
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10

@@ -5,6 +5,9 @@ the backends that compute it faster, and how far those may stray from the refere
 family has a module that creates its ops; callers pick an implementation once, before their loop:
 
     attend = paged_attention_decode.on(backend)
+
+CUDA kernels are operations of torch's dispatcher, `torch.ops.megachat.<name>`: tracers, profilers
+and whatever else watches what torch dispatches see them, and on fake tensors they give shapes.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,19 +34,33 @@ class Backend(StrEnum):
     """Kernels of this project for NVIDIA GPUs."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaKernel:
+    """An operation on CUDA tensors; both functions take the arguments of its schema."""
+
+    launch: Callable[..., Any]
+    """Computes it."""
+    fake: Callable[..., Any]
+    """Makes results of the same shapes, whose content does not matter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Op(Generic[P, R]):
     """One operation and its implementations."""
 
     name: str
     schema: str
-    """Arguments and results as torch writes them; what the backends register."""
+    """Arguments and results as torch writes them; a record among the arguments is its fields."""
     reference: Callable[P, R]
     """Defines the result."""
     tolerance: Mapping[torch.dtype, float]
     """Largest error of a backend against the reference in float64, relative to the largest
     element of the result, for every dtype that the operation supports."""
     backends: dict[Backend, Callable[P, R]] = field(default_factory=dict)
+    """Faster implementations."""
+    cuda: CudaKernel | None = None
+    """What `torch.ops.megachat` gets under the operation's name; unless `backends` names another
+    way to call it, it is the CUDA backend."""
 
     def on(self, backend: Backend) -> Callable[P, R]:
         """The implementation of a backend.
@@ -62,6 +79,7 @@ class Op(Generic[P, R]):
 
 
 _OPS: dict[str, Op[Any, Any]] = {}
+_DISPATCHED = torch.library.Library("megachat", "DEF")
 
 
 def register(op: Op[P, R]) -> Op[P, R]:
@@ -73,6 +91,11 @@ def register(op: Op[P, R]) -> Op[P, R]:
     if op.name in _OPS:
         raise KernelError(f"an operation named {op.name} is registered already: choose another")
     _OPS[op.name] = op
+    if op.cuda is not None:
+        _DISPATCHED.define(op.name + op.schema)
+        _DISPATCHED.impl(op.name, op.cuda.launch, "CUDA")
+        torch.library.register_fake(f"megachat::{op.name}", op.cuda.fake, lib=_DISPATCHED)
+        op.backends.setdefault(Backend.CUDA, getattr(torch.ops.megachat, op.name).default)
     return op
 
 

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megachat.ops import cpu_kernels
-from megachat.ops.philox import uniforms
-from megachat.ops.registry import Backend, Op, register
-
-GROUP_TOKENS = 128
-"""Tokens of a group; the CPU kernel counts on it."""
+from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.philox import GROUP_TOKENS, uniforms
+from megachat.ops.registry import Backend, CudaKernel, Op, register
 
 _GROUP_STREAM, _TOKEN_STREAM = 0, 1
 
@@ -146,6 +143,21 @@ def _on_cpu(logits: Tensor, keys: Tensor, positions: Tensor, rules: DrawRules) -
     return Drawn(columns=columns, scores=scores, chosen=chosen, totals=totals)
 
 
+def _on_cuda(logits: Tensor, keys: Tensor, positions: Tensor, rules: DrawRules) -> Drawn:
+    """A block for every row, which keeps nothing of the size of the logits."""
+    columns, scores, chosen, totals = torch.ops.megachat.sample(
+        logits,
+        keys,
+        positions,
+        rules.suppressed,
+        rules.stops,
+        rules.min_new_tokens,
+        rules.first_group,
+        rules.temperature,
+    )
+    return Drawn(columns=columns, scores=scores, chosen=chosen, totals=totals)
+
+
 sample = register(
     Op(
         name="sample",
@@ -157,7 +169,8 @@ sample = register(
         reference=_sample,
         # Of log-probs. Two columns whose scores are as close as that may win in each other's place.
         tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6},
-        backends={Backend.CPU: _on_cpu},
+        backends={Backend.CPU: _on_cpu, Backend.CUDA: _on_cuda},
+        cuda=CudaKernel(launch=cuda_kernels.sample, fake=cuda_kernels.new_draws),
     )
 )
 """The next token of every row, where nothing but temperature and forbidden tokens rules it."""

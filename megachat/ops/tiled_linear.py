@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megachat.ops import cpu_kernels
-from megachat.ops.registry import Backend, Op, register
+from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.registry import Backend, CudaKernel, Op, register
 
 FEW_TOKENS = {torch.float32: 128, torch.bfloat16: 128}
 """Up to how many tokens the kernel that reads the weight once is the faster one on a CPU; above,
 torch's GEMM catches up. Measured with AVX2, without bf16 instructions."""
+FEW_TOKENS_CUDA = 64
+"""Up to how many tokens the CUDA kernel reads a weight once; not measured, no GPU has run it."""
 WIDENED_ROWS = 4096
 """Rows of a bf16 weight that are made float32 at a time."""
 
@@ -54,13 +56,26 @@ def _on_cpu(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def _on_cuda(x: Tensor, weight: Tensor) -> Tensor:
+    """The kernel for few tokens, cuBLAS for many.
+
+    There the tiles are put together first: a copy of the weight is little beside a product of many
+    tokens, and one product sums in float32 whatever the tiling.
+    """
+    if len(x) <= FEW_TOKENS_CUDA:
+        product: Tensor = torch.ops.megachat.tiled_linear(x, weight)
+        return product
+    return F.linear(x, weight.transpose(0, 1).flatten(1))
+
+
 tiled_linear = register(
     Op(
         name="tiled_linear",
         schema="(Tensor x, Tensor weight) -> Tensor",
         reference=_tiled_linear,
         tolerance={torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3},
-        backends={Backend.CPU: _on_cpu},
+        backends={Backend.CPU: _on_cpu, Backend.CUDA: _on_cuda},
+        cuda=CudaKernel(launch=cuda_kernels.tiled_linear, fake=cuda_kernels.new_product),
     )
 )
 """A row-parallel product over the tiles of one generation shard."""

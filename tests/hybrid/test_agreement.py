@@ -3,9 +3,11 @@
 For every pair of layouts, over ragged prompts, responses that end early, equal prompts that share
 their blocks, two samples of each prompt, and a cache so small that sequences are preempted and
 computed again. In fp32 the tokens themselves are those of one rank with room for everything; the
-CPU kernels answer with the tokens of plain torch.
+CPU kernels, and the CUDA kernels on their emulator, answer with the tokens of plain torch.
 """
 
+import contextlib
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -26,16 +28,16 @@ from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.scoring import ResponseLogprobs
 from megachat.training.schedules import OptimizerConfig
 from tests.harness import run_ranks
+from tests.kernels.emulated import emulated_cuda
 
 PRE_LN = OptConfig(
     vocab_size=150, max_positions=24, hidden=32, ffn=64, layers=2, heads=4, embed_dim=32,
     init_std=0.2,
 )  # fmt: skip
 POST_LN = replace(PRE_LN, embed_dim=16, layer_norm_first=False)
-CONFIGS = (PRE_LN, POST_LN)
 SINGLE = (ParallelLayout(), 1)
 PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
-    2: ((ParallelLayout(tensor=2), 1),),
+    2: ((ParallelLayout(tensor=2), 1), (ParallelLayout(tensor=2), 2)),
     4: (
         (ParallelLayout(tensor=2, pipeline=2), 2),
         (ParallelLayout(tensor=2, pipeline=2), 4),
@@ -49,17 +51,54 @@ PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
         (ParallelLayout(tensor=4, data=2), 2),
     ),
 }
-BLOCK_SIZE, NEW_TOKENS, SAMPLES = 2, 8, 2
-SMALLEST, LARGE = 10, 1000
-"""Blocks in the cache: one sequence of 12 + 8 tokens fills the smallest."""
-RAGGED, MOST_REPLICAS = (3, 12, 1, 6, 11), 8
-EQUAL = 9
-"""Length of the prompts that are all one."""
+NEW_TOKENS, SAMPLES, MOST_REPLICAS = 8, 2, 8
+LARGE = 1000
+"""Blocks of a cache that holds everything."""
 STOPS = (2, *range(120, 130))
 """A fourteenth of the vocabulary, so that some responses end early."""
 FP32_GAP = 1e-5
 BF16_ROUNDING = 2.0**-9
 """Largest relative error of rounding to bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Models and prompts."""
+
+    configs: tuple[OptConfig, ...]
+    block_size: int
+    ragged: tuple[int, ...]
+    """Lengths of the prompts that are all different."""
+    equal: int
+    """Length of those that are all one."""
+    smallest: int
+    """Blocks that the longest prompt and its answer fill."""
+    blocks_each: int
+    """For every sequence, in a cache with little memory: too few for all at once."""
+
+
+SMALL = Task(
+    configs=(PRE_LN, POST_LN),
+    block_size=2,
+    ragged=(3, 12, 1, 6, 11),
+    equal=9,
+    smallest=10,
+    blocks_each=3,
+)
+OF_A_GPU = Task(
+    configs=tuple(
+        replace(config, hidden=128, heads=2, max_positions=48, embed_dim=embed_dim, init_std=0.1)
+        for config, embed_dim in ((PRE_LN, 128), (POST_LN, 32))
+    ),
+    block_size=16,
+    ragged=(14, 38, 1, 30, 15),
+    equal=31,
+    smallest=3,
+    blocks_each=1,
+)
+"""Heads and blocks of sizes for which there are CUDA kernels; with weights that are smaller by the
+root of how much wider they are, so that logits are as large and roundings of them as small."""
+TASKS = {Backend.REFERENCE: SMALL, Backend.CPU: SMALL, Backend.CUDA: OF_A_GPU}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +114,26 @@ class Outcome:
     """Of the single rank alone."""
 
 
-def _prompts(replicas: int) -> PromptBatch:
+def _prompts(task: Task, replicas: int) -> PromptBatch:
     """Ragged prompts, and equal ones so many that some replica is dealt two of them."""
-    lengths = torch.tensor([*RAGGED, *[EQUAL] * (replicas + 1)])
+    ragged = task.ragged
+    lengths = torch.tensor([*ragged, *[task.equal] * (replicas + 1)])
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 150, (len(RAGGED) + MOST_REPLICAS + 1, 12), generator=generator)
-    tokens = tokens[: len(lengths)]
-    tokens[len(RAGGED) :] = tokens[len(RAGGED)]
+    shape = len(ragged) + MOST_REPLICAS + 1, max(ragged)
+    tokens = torch.randint(3, 150, shape, generator=generator)[: len(lengths)]
+    tokens[len(ragged) :] = tokens[len(ragged)]
     return PromptBatch(tokens=tokens, lengths=lengths, ids=torch.arange(len(lengths)) + 40)
 
 
 def _build(
-    config: OptConfig,
-    pair: tuple[ParallelLayout, int],
-    dtype: torch.dtype,
+    task: Task,
+    case: "Case",
     *,
     num_blocks: int,
     backend: Backend = Backend.REFERENCE,
 ) -> HybridEngine:
-    layout, degree = pair
+    number, (layout, degree), dtype = case
+    config = task.configs[number]
     model = OptModel(
         config,
         groups=ProcessGroups.create(layout),
@@ -101,7 +141,7 @@ def _build(
         options=ModelOptions(dtype=dtype, vocab_multiple=vocab_multiple_for(layout.tensor, degree)),
         seed=3,
     )
-    size = block_bytes(config, tensor=degree, block_size=BLOCK_SIZE, dtype=dtype)
+    size = block_bytes(config, tensor=degree, block_size=task.block_size, dtype=dtype)
     settings = HybridSettings(
         generation_tensor=degree,
         micro_batch_rows=8,
@@ -110,7 +150,7 @@ def _build(
         seed=0,
         generation=GenerationConfig(
             kv_cache_gb=(num_blocks + 0.5) * size / 1e9,
-            block_size=BLOCK_SIZE,
+            block_size=task.block_size,
             max_sequences=32,
             backend=backend,
         ),
@@ -118,11 +158,7 @@ def _build(
     return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
 
 
-def _outcome(
-    hybrid: HybridEngine, pair: tuple[ParallelLayout, int], *, replicas: int | None = None
-) -> Outcome:
-    layout, degree = pair
-    prompts = _prompts(replicas or layout.world_size // degree)
+def _outcome(hybrid: HybridEngine, prompts: PromptBatch) -> Outcome:
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
     with hybrid.generation() as generator:
         rollout = generator.generate(prompts, sampling=sampling, seed=5, num_samples=SAMPLES)
@@ -137,50 +173,50 @@ def _outcome(
     return Outcome(rollout=rollout, gaps=gaps[rollout.response_mask], statistics=statistics)
 
 
-def _cases(world_size: int) -> list[tuple[int, tuple[ParallelLayout, int], torch.dtype]]:
-    """(architecture, pair, dtype)."""
+Case = tuple[int, tuple[ParallelLayout, int], torch.dtype]
+"""Architecture, pair of layouts, dtype."""
+
+
+def _cases(world_size: int) -> list[Case]:
     return [
         (number, pair, dtype)
         for pair in PAIRS[world_size]
-        for number in range(len(CONFIGS))
+        for number in range(len(SMALL.configs))
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
-def _few_blocks(pair: tuple[ParallelLayout, int]) -> int:
-    """Three for each sequence of a replica, which is about a third of what they come to need."""
-    layout, degree = pair
-    replicas = layout.world_size // degree
-    return max(SMALLEST, 3 * SAMPLES * _prompts(replicas).num_rows // replicas)
-
-
 def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:
     """All cases, with little memory."""
-    return [
-        _outcome(
-            _build(CONFIGS[number], pair, dtype, num_blocks=_few_blocks(pair), backend=backend),
-            pair,
-        )
-        for number, pair, dtype in _cases(world_size)
-    ]
+    task, outcomes = TASKS[backend], []
+    with emulated_cuda() if backend is Backend.CUDA else contextlib.nullcontext():
+        for case in _cases(world_size):
+            layout, degree = case[1]
+            replicas = layout.world_size // degree
+            prompts = _prompts(task, replicas)
+            sequences = SAMPLES * prompts.num_rows // replicas
+            few = max(task.smallest, task.blocks_each * sequences)
+            outcomes.append(_outcome(_build(task, case, num_blocks=few, backend=backend), prompts))
+    return outcomes
 
 
 @torch.no_grad()
-def _single() -> list[Outcome]:
+def _single(task: Task) -> list[Outcome]:
     """Both architectures in fp32 on one rank, all prompts at once in a cache that holds them."""
     outcomes = []
-    for config in CONFIGS:
-        hybrid = _build(config, SINGLE, torch.float32, num_blocks=LARGE)
-        outcome = _outcome(hybrid, SINGLE, replicas=MOST_REPLICAS)
+    for number, config in enumerate(task.configs):
+        hybrid = _build(task, (number, SINGLE, torch.float32), num_blocks=LARGE)
+        outcome = _outcome(hybrid, _prompts(task, MOST_REPLICAS))
         logits = hybrid.training.model.eval()(outcome.rollout.tokens)[..., : config.vocab_size]
         outcomes.append(replace(outcome, largest_logit=logits.abs().max().item()))
     return outcomes
 
 
-@pytest.fixture(scope="module")
-def single() -> list[Outcome]:
-    """The reference, by architecture."""
-    return run_ranks(1, _single)[0]
+@functools.cache
+def _reference(task: Task) -> list[Outcome]:
+    """What one rank makes of a task with plain torch, by architecture."""
+    outcomes: list[Outcome] = run_ranks(1, _single, task)[0]
+    return outcomes
 
 
 def _answers(rollout: Rollout) -> list[list[int]]:
@@ -202,15 +238,21 @@ def _bf16_deviation(config: OptConfig, largest_logit: float) -> float:
 
 @pytest.mark.parametrize(
     ("world_size", "backend"),
-    [*((size, Backend.REFERENCE) for size in PAIRS), (2, Backend.CPU), (4, Backend.CPU)],
+    [
+        *((size, Backend.REFERENCE) for size in PAIRS),
+        (2, Backend.CPU),
+        (4, Backend.CPU),
+        (2, Backend.CUDA),
+    ],
 )
 def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
-    world_size: int, backend: Backend, single: list[Outcome]
+    world_size: int, backend: Backend
 ) -> None:
+    single, configs = _reference(TASKS[backend]), TASKS[backend].configs
     ranks = run_ranks(world_size, _outcomes, world_size, backend)
     for (number, pair, dtype), *outcomes in zip(_cases(world_size), *ranks, strict=True):
-        reference, title = single[number], (CONFIGS[number].layer_norm_first, dtype, pair)
-        deviation = _bf16_deviation(CONFIGS[number], reference.largest_logit)
+        reference, title = single[number], (configs[number].layer_norm_first, dtype, pair)
+        deviation = _bf16_deviation(configs[number], reference.largest_logit)
         assert sum(o.statistics.preemptions for o in outcomes if o.statistics) > 0, title
         for outcome in outcomes:
             largest, mean = outcome.gaps.max().item(), outcome.gaps.mean().item()
@@ -222,16 +264,17 @@ def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
             assert _answers(outcome.rollout) == _answers(reference.rollout)[:rows], title
 
 
-def test_the_cases_are_ragged_shared_and_end_early(single: list[Outcome]) -> None:
+@pytest.mark.parametrize("task", [SMALL, OF_A_GPU], ids=["small", "of a GPU"])
+def test_the_cases_are_ragged_shared_and_end_early(task: Task) -> None:
     """What the reference run shows of the prompts that the layouts answer."""
-    lengths = _prompts(MOST_REPLICAS).lengths
-    shared = MOST_REPLICAS * ((EQUAL - 1) // BLOCK_SIZE * BLOCK_SIZE)
-    for outcome in single:
+    lengths = _prompts(task, MOST_REPLICAS).lengths
+    shared = MOST_REPLICAS * ((task.equal - 1) // task.block_size * task.block_size)
+    for outcome in _reference(task):
         statistics, rollout = outcome.statistics, outcome.rollout
         assert statistics is not None and statistics.preemptions == 0
         assert statistics.prefill_tokens == int(lengths.sum()) - shared
         assert outcome.gaps.max().item() <= FP32_GAP
-        few = rollout.select(torch.arange(SAMPLES * (len(RAGGED) + 2)))  # of a single replica
+        few = rollout.select(torch.arange(SAMPLES * (len(task.ragged) + 2)))  # of a single replica
         assert {True, False} == set(few.finished.tolist())
         assert len(few.response_lengths.unique()) >= 4
         answers = _answers(few)

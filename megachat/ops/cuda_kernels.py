@@ -1,0 +1,334 @@
+"""The one place that calls this project's CUDA kernels: tensors in, pointers and sizes across.
+
+Every function is the CUDA kernel of the operation of its name, which documents the arguments; the
+functions called `new_...` make its results. Work goes to torch's current stream, nobody waits for
+it or reads from the device, and memory comes from torch: a CUDA graph can record all of it.
+
+No GPU has run these kernels (`docs/kernels.md`). The tests run this module on their emulator.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megachat.errors import KernelError
+from megachat.ops.arguments import check_tensors
+from megachat.ops.build import Recipe, load_library
+from megachat.ops.philox import GROUP_TOKENS
+
+_LOG = logging.getLogger(__name__)
+
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`megachat::Format` of kernels/include/numeric.h."""
+_PACK_BYTES = 16
+"""What a kernel reads at once: rows are multiples of it, and start at one."""
+
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+LAUNCHERS: dict[str, tuple[type, ...]] = {
+    "bias_relu": (_INT, *[_POINTER] * 3, *[_INT] * 2, _POINTER),
+    "bias_residual_layer_norm": (_INT, *[_POINTER] * 7, *[_INT] * 2, _FLOAT, _POINTER),
+    "kv_append": (_INT, *[_POINTER] * 6, *[_INT] * 3, _POINTER),
+    "paged_attention_decode": (_INT, *[_POINTER] * 7, *[_INT] * 6, _POINTER),
+    "paged_attention_decode_splits": (_INT,) * 5,
+    "paged_attention_decode_workspace": (_INT,) * 4,
+    "paged_attention_prefill": (_INT, *[_POINTER] * 7, *[_INT] * 6, _POINTER),
+    "sample": (_INT, *[_POINTER] * 8, *[_INT] * 10, *[_FLOAT] * 3, _POINTER),
+    "tiled_linear": (_INT, *[_POINTER] * 5, *[_LONG] * 2, *[_INT] * 6, _POINTER),
+    "tiled_linear_splits": (_INT,) * 6,
+    "tiled_linear_workspace": (_INT,) * 3,
+}
+"""Parameters of each `megachat_<name>` in kernels/cuda."""
+
+
+class Launchers:
+    """The launchers of a library, and what they have to know of the device."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        *,
+        stream: Callable[[torch.device], int],
+        multiprocessors: Callable[[torch.device], int],
+    ) -> None:
+        """Declares the launchers' parameters.
+
+        Args:
+            library: Exports `megachat_<name>` for every name in `LAUNCHERS`.
+            stream: Handle of the stream on which torch works.
+            multiprocessors: How many of them a device has.
+        """
+        self._functions = {}
+        for name, parameters in LAUNCHERS.items():
+            function = getattr(library, f"megachat_{name}")
+            function.argtypes = parameters
+            function.restype = ctypes.c_size_t if name.endswith("_workspace") else ctypes.c_int
+            self._functions[name] = function
+        self._stream = stream
+        self.multiprocessors = multiprocessors
+
+    def ask(self, name: str, *numbers: int) -> int:
+        """What a function that launches nothing answers."""
+        answer: int = self._functions[name](*numbers)
+        return answer
+
+    def launch(self, name: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+        """Calls a launcher with a format, pointers, numbers and a stream.
+
+        Args:
+            name: Of the launcher.
+            tensors: What it reads and writes; the first one has the format and the device.
+            numbers: Sizes and settings.
+
+        Raises:
+            KernelError: The launcher or the CUDA runtime refuses.
+        """
+        leader = tensors[0]
+        assert leader is not None, "the first tensor says where to launch"
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        code = self._functions[name](
+            _FORMATS[leader.dtype], *pointers, *numbers, self._stream(leader.device)
+        )
+        if code:
+            shapes = [list(tensor.shape) for tensor in tensors if tensor is not None]
+            raise KernelError(
+                f"the CUDA kernel {name} was not launched (cudaError {code}) for shapes {shapes} "
+                f'and numbers {list(numbers)}: use backend = "reference" for such a model'
+            )
+
+
+@functools.cache
+def launchers() -> Launchers:
+    """Those for the current device, built if no process of this user has done so.
+
+    Raises:
+        KernelError: There is no GPU, or they cannot be built or loaded.
+    """
+    if not torch.cuda.is_available():
+        raise KernelError(
+            'backend = "cuda" needs an NVIDIA GPU, and torch sees none here: use backend = "cpu" '
+            'or "reference"'
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise KernelError(
+            f"the CUDA kernels need compute capability 8.0 (Ampere) or later, this device has "
+            f'{major}.{minor}: use backend = "reference"'
+        )
+    # 9.0a: what Hopper alone has. The kernels use none of it yet, but that is what is checked.
+    architecture = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+    _LOG.warning(
+        "no GPU of this project's has run these kernels: compare a run with backend = "
+        '"reference" before you rely on them'
+    )
+    return Launchers(
+        load_library(Recipe.for_gpu(architecture)),
+        stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
+        multiprocessors=lambda device: (
+            torch.cuda.get_device_properties(device).multi_processor_count
+        ),
+    )
+
+
+def prepare() -> None:
+    """Builds and loads the kernels, so that whoever configures them learns at once what is missing.
+
+    Raises:
+        KernelError: As `launchers`.
+    """
+    launchers()
+
+
+def kv_append(qkv: Tensor, bias: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Adds the bias, stores keys and values, returns the queries."""
+    _check("kv_append", (qkv, bias, keys, values), indices=(slots,))
+    query = new_queries(qkv, bias, keys, values, slots)
+    launchers().launch("kv_append", (qkv, bias, query, keys, values, slots), query.shape)
+    return query
+
+
+def new_queries(qkv: Tensor, bias: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """`[tokens, heads/tp, head_dim]`."""
+    return qkv.new_empty(len(qkv), *keys.shape[2:])
+
+
+def paged_attention_decode(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor
+) -> Tensor:
+    """Attention of one new token of each sequence to all its tokens."""
+    _check("paged_attention_decode", (query, keys, values), indices=(lengths,), tables=tables)
+    kernels, (rows, heads, head_dim) = launchers(), query.shape
+    tables, block_size = tables.contiguous(), keys.shape[1]
+    columns = tables.shape[1]
+    splits = kernels.ask(
+        "paged_attention_decode_splits",
+        rows, heads, columns, block_size, kernels.multiprocessors(query.device),
+    )  # fmt: skip
+    workspace = _workspace(
+        query, kernels.ask("paged_attention_decode_workspace", rows, heads, head_dim, splits)
+    )
+    out = torch.empty_like(query)
+    kernels.launch(
+        "paged_attention_decode",
+        (query, keys, values, tables, lengths, out, workspace),
+        (rows, heads, head_dim, block_size, columns, splits),
+    )
+    return out
+
+
+def paged_attention_prefill(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, offsets: Tensor
+) -> Tensor:
+    """Causal attention of a chunk of each sequence to the chunk and all that precedes it."""
+    indices = (starts, offsets)
+    _check("paged_attention_prefill", (query, keys, values), indices=indices, tables=tables)
+    tokens, heads, head_dim = query.shape
+    tables, out = tables.contiguous(), torch.empty_like(query)
+    launchers().launch(
+        "paged_attention_prefill",
+        (query, keys, values, tables, starts, offsets, out),
+        (tokens, len(starts), heads, head_dim, keys.shape[1], tables.shape[1]),
+    )
+    return out
+
+
+def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A product with a weight `[tiles, out, in/tiles]`, of any strides but along a row."""
+    _check("tiled_linear", (x,))
+    tiles, outputs, width = weight.shape
+    if weight.stride(2) != 1 or weight.dtype != x.dtype or weight.device != x.device:
+        raise KernelError(
+            f"tiled_linear got {x.dtype} inputs on {x.device} and a {weight.dtype} weight on "
+            f"{weight.device} with strides {weight.stride()}: its rows must be contiguous"
+        )
+    kernels, tokens = launchers(), len(x)
+    splits = kernels.ask(
+        "tiled_linear_splits",
+        _FORMATS[x.dtype], tokens, tiles, outputs, width, kernels.multiprocessors(x.device),
+    )  # fmt: skip
+    workspace = _workspace(x, kernels.ask("tiled_linear_workspace", tokens, outputs, splits))
+    out = new_product(x, weight)
+    kernels.launch(
+        "tiled_linear",
+        (x, weight, None, out, workspace),
+        (weight.stride(0), weight.stride(1), tokens, tiles, outputs, width, 0, splits),
+    )
+    return out
+
+
+def new_product(x: Tensor, weight: Tensor) -> Tensor:
+    """`[tokens, out]`."""
+    return x.new_empty(len(x), weight.shape[1])
+
+
+def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
+    """`max(x + bias, 0)`."""
+    _check("bias_relu", (x, bias))
+    out = torch.empty_like(x)
+    launchers().launch("bias_relu", (x, bias, out), x.shape)
+    return out
+
+
+def bias_residual_layer_norm(
+    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, norm_bias: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Adds bias and residual, and normalises the sum."""
+    inputs = (x, bias, residual, weight, norm_bias)
+    _check("bias_residual_layer_norm", inputs)
+    results = torch.empty_like(x), torch.empty_like(x)
+    launchers().launch("bias_residual_layer_norm", (*inputs, *results), (*x.shape, epsilon))
+    return results
+
+
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    suppressed: Tensor,
+    stops: Tensor,
+    min_new_tokens: int,
+    first_group: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chooses a column of each row of logits, of any stride between rows that is in packs.
+
+    Returns:
+        Columns, scores, chosen logits and totals.
+    """
+    if logits.stride(1) != 1:
+        raise KernelError(
+            f"sample needs logits with contiguous rows, got strides {logits.stride()}"
+        )
+    whole_row = logits.as_strided((1, logits.stride(0)), (1, 1))
+    _check("sample", (whole_row,), indices=(keys, positions, suppressed, stops))
+    (rows, columns), start = logits.shape, first_group * GROUP_TOKENS
+    parts = logits.new_empty(4, rows, dtype=torch.float64)
+    # The kernel names tokens by their id in the whole vocabulary.
+    suppressed, stops = (ids + start if start else ids for ids in (suppressed, stops))
+    launchers().launch(
+        "sample",
+        (logits, keys, positions, None, None, suppressed, stops, parts),
+        (rows, logits.stride(0), columns, 0, len(suppressed), len(stops), min_new_tokens, start)
+        + (1, 0, temperature, 1.0, 1.0),  # ranks, top-k; top-p and penalty do nothing
+    )
+    scores, tokens, chosen, totals = parts
+    return tokens.long() - start, scores.clone(), chosen.float(), totals.float()
+
+
+def new_draws(
+    logits: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    suppressed: Tensor,
+    stops: Tensor,
+    min_new_tokens: int,
+    first_group: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns, scores, chosen logits and totals."""
+    rows = len(logits)
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _check(
+    name: str,
+    tensors: Sequence[Tensor],
+    *,
+    indices: Sequence[Tensor] = (),
+    tables: Tensor | None = None,
+) -> None:
+    """Refuses what a kernel would misread.
+
+    Raises:
+        KernelError: A tensor is elsewhere, of another dtype, not contiguous or not in packs.
+    """
+    leader = tensors[0]
+    check_tensors(
+        name,
+        tensors,
+        device=leader.device,
+        dtypes=tuple(_FORMATS),
+        indices=indices,
+        tables=tables,
+    )
+    for tensor in tensors:
+        row_bytes = tensor.shape[-1] * tensor.element_size()
+        if tensor.data_ptr() % _PACK_BYTES or row_bytes % _PACK_BYTES:
+            raise KernelError(
+                f"{name} reads {_PACK_BYTES} bytes at once, and a tensor of shape "
+                f"{list(tensor.shape)} has rows of {row_bytes} bytes or starts between two such "
+                'packs: use backend = "reference" for this model'
+            )
+
+
+def _workspace(like: Tensor, num_bytes: int) -> Tensor | None:
+    """Memory of a call; None for none."""
+    return like.new_empty(num_bytes, dtype=torch.uint8) if num_bytes else None

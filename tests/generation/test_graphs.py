@@ -13,24 +13,30 @@ from megachat.generation.graphs import CudaGraphRecorder, rows_bucket
 from megachat.generation.runner import ModelRunner
 from megachat.hybrid.engine import HybridEngine
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import Rollout
 from tests.generation import reference as gen
 from tests.generation.tape import HostValueError, TapeRecorder
 from tests.harness import run_ranks
 from tests.hybrid import test_engine as hybrid
+from tests.kernels.emulated import emulated_cuda
 from tests.model import reference as ref
 
 CASE = gen.Case(sampling=SamplingConfig(max_new_tokens=8))
 FEW = replace(CASE, rows=(4, 1))
 SETTINGS = GenerationConfig(kv_cache_gb=1e-3, block_size=4, prefill_tokens=8)
+OF_A_GPU = replace(ref.PRE_LN, hidden=128, heads=2, ffn=64, layers=1, embed_dim=128)
+"""Heads of a size for which there are CUDA kernels."""
 
 
-def _generator(model: OptModel, recorder: TapeRecorder | None) -> Generator:
+def _generator(
+    model: OptModel, recorder: TapeRecorder | None, settings: GenerationConfig = SETTINGS
+) -> Generator:
     """A generator whose device records as `recorder` does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generator_module, "recorder_for", lambda _: recorder)
-        return Generator(model, stop_ids=CASE.stop_ids, suppressed_ids=(1,), config=SETTINGS)
+        return Generator(model, stop_ids=CASE.stop_ids, suppressed_ids=(1,), config=settings)
 
 
 def _rollout(generator: Generator, model: OptModel, case: gen.Case) -> Rollout:
@@ -90,6 +96,35 @@ def test_replayed_steps_give_the_answers_of_computed_ones(name: str, tensor: int
         assert found.replays > found.steps // 2
         assert found.later_recordings <= 2
         assert found.repeated_recordings == 0
+
+
+def _record_cuda_kernels() -> tuple[float, int, set[str]]:
+    """Gap against plain torch; replays; which of our operations are on the tapes."""
+    model = ref.build_model(OF_A_GPU, ParallelLayout(), reference=gen.oracle(OF_A_GPU))
+    recorder = TapeRecorder()
+    settings = SETTINGS.model_copy(update={"backend": Backend.CUDA, "block_size": 16})
+    with emulated_cuda():
+        found = _rollout(_generator(model, recorder, settings), model, FEW)
+    names = {str(call.function) for tape in recorder.tapes for call in tape.calls}
+    gap = _gap(found, _rollout(_generator(model, None), model, FEW))
+    return gap, recorder.replays, {name for name in names if name.startswith("megachat.")}
+
+
+def test_steps_of_cuda_kernels_are_recorded_and_replayed() -> None:
+    """On their emulator: launches see device memory and sizes, and no value of a step."""
+    ((gap, replays, names),) = run_ranks(1, _record_cuda_kernels)
+    assert gap < 1e-5
+    assert replays > 1
+    assert names == {
+        f"megachat.{name}.default"
+        for name in (
+            "bias_relu",
+            "bias_residual_layer_norm",
+            "kv_append",
+            "paged_attention_decode",
+            "tiled_linear",
+        )
+    }
 
 
 def test_a_bucket_has_at_most_seven_rows_too_many_and_small_ones_are_exact() -> None:

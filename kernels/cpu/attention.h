@@ -25,34 +25,95 @@ struct Pages {
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Fetches one token's part of the page that comes next: in a page, the part of a head is a short
-// piece of each token, which no processor foresees.
+// Fetches what comes next, a head of a token a call, in the order in which it lies in memory: in a
+// page, the part of some heads is a piece of each token, which no processor foresees.
 template <class T>
-inline void fetch_vector(const T* at, int64_t dim) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(at + i, 0, 2);
+class Fetcher {
+public:
+    // Heads [0, count) of each token of the page at `page`; null fetches nothing.
+    Fetcher(const T* page, const Pages& pages, int64_t count)
+        : at_(page), rest_(pages.token_stride() - count * pages.dim), dim_(pages.dim),
+          count_(count) {}
+
+    void step() {
+        constexpr int64_t kLine = 64 / sizeof(T);
+        if (!at_) return;
+        for (int64_t i = 0; i < dim_; i += kLine) __builtin_prefetch(at_ + i);
+        at_ += dim_;
+        if (++head_ < count_) return;
+        head_ = 0;
+        at_ += rest_;
+    }
+
+private:
+    const T* at_;
+    int64_t rest_;  // elements between the last head of a token and the first one of the next
+    int64_t dim_;
+    int64_t count_;
+    int64_t head_ = 0;
+};
+
+// scores[query][token] = query . key of `Tokens` tokens of a page. As many vectors as one has lanes
+// are added up together.
+template <class T, int Queries, int Tokens>
+inline void score_tokens(const float* query, const T* keys, const Pages& pages, float* scores,
+                         int64_t score_stride) {
+    const int64_t width = padded(pages.dim), stride = pages.token_stride();
+    Floats total[Queries * Tokens] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= pages.dim; i += kLanes) {
+#pragma GCC unroll 4
+        for (int q = 0; q < Queries; ++q) {
+            const Floats part = load(query + q * width + i);
+#pragma GCC unroll 16
+            for (int t = 0; t < Tokens; ++t) {
+                total[q * Tokens + t] += part * load(keys + t * stride + i);
+            }
+        }
+    }
+    if (i < pages.dim) {
+        const int rest = static_cast<int>(pages.dim - i);
+        for (int q = 0; q < Queries; ++q) {
+            const Floats part = load(query + q * width + i);
+            for (int t = 0; t < Tokens; ++t) {
+                total[q * Tokens + t] += part * load_first(keys + t * stride + i, rest);
+            }
+        }
+    }
+    Floats ordered[Queries * Tokens];
+    if constexpr (Queries * Tokens == kLanes) {
+        // The sum of vector i ends up in lane `lane_of_sum(i)`, which is its own inverse.
+#pragma GCC unroll 16
+        for (int t = 0; t < kLanes; ++t) ordered[lane_of_sum(t)] = total[t];
+        float sums[kLanes];
+        store(sums, sums_of<kLanes>(ordered));
+        for (int q = 0; q < Queries; ++q) {
+            std::copy(sums + q * Tokens, sums + (q + 1) * Tokens, scores + q * score_stride);
+        }
+    } else {
+        for (int q = 0; q < Queries; ++q) {
+            for (int t = 0; t < Tokens; ++t) {
+                scores[q * score_stride + t] = sum(total[q * Tokens + t]);
+            }
+        }
+    }
 }
 
-// scores[query][token] = query . key of `tokens` tokens of a page; fetches the same of `next`,
-// unless that is null.
+// scores[query][token] = query . key of `tokens` tokens of a page; the fetcher takes a step a token.
 template <class T, int Queries>
 inline void score_page(const float* query, const T* keys, const Pages& pages, int64_t tokens,
-                       float* scores, int64_t score_stride, const T* next = nullptr) {
-    const int64_t width = padded(pages.dim);
-    for (int64_t token = 0; token < tokens; ++token) {
-        const T* key = keys + token * pages.token_stride();
-        if (next) fetch_vector(next + token * pages.token_stride(), pages.dim);
-        Floats total[Queries] = {};
-        int64_t i = 0;
-        for (; i + kLanes <= pages.dim; i += kLanes) {
-            const Floats part = load(key + i);
-            for (int q = 0; q < Queries; ++q) total[q] += part * load(query + q * width + i);
-        }
-        if (i < pages.dim) {
-            const Floats part = load_first(key + i, static_cast<int>(pages.dim - i));
-            for (int q = 0; q < Queries; ++q) total[q] += part * load(query + q * width + i);
-        }
-        for (int q = 0; q < Queries; ++q) scores[q * score_stride + token] = sum(total[q]);
+                       float* scores, int64_t score_stride, Fetcher<T>& fetcher) {
+    constexpr int kTogether = std::max(1, kLanes / Queries);
+    int64_t token = 0;
+    for (; token + kTogether <= tokens; token += kTogether) {
+        for (int i = 0; i < kTogether; ++i) fetcher.step();
+        score_tokens<T, Queries, kTogether>(query, keys + token * pages.token_stride(), pages,
+                                            scores + token, score_stride);
+    }
+    for (; token < tokens; ++token) {
+        fetcher.step();
+        score_tokens<T, Queries, 1>(query, keys + token * pages.token_stride(), pages,
+                                    scores + token, score_stride);
     }
 }
 
@@ -77,15 +138,13 @@ inline void mix_parts(const float* scores, int64_t score_stride, const T* values
     }
 }
 
-// As `score_page`, for values.
+// mixed[query] += the values of a page times their scores.
 template <class T, int Queries>
 inline void mix_page(const float* scores, int64_t score_stride, const T* values,
-                     const Pages& pages, int64_t tokens, float* mixed, const T* next = nullptr) {
+                     const Pages& pages, int64_t tokens, float* mixed, Fetcher<T>& fetcher) {
     constexpr int kParts = 8 / Queries;
     const int64_t width = padded(pages.dim), stride = pages.token_stride();
-    for (int64_t token = 0; next && token < tokens; ++token) {
-        fetch_vector(next + token * stride, pages.dim);
-    }
+    for (int64_t token = 0; token < tokens; ++token) fetcher.step();
     int64_t i = 0;
     for (; i + kParts * kLanes <= pages.dim; i += kParts * kLanes) {
         mix_parts<T, Queries, kParts>(scores, score_stride, values + i, stride, tokens, mixed + i,
@@ -160,9 +219,10 @@ void decode_heads(const T* query, const T* keys, const T* values, const int32_t*
         const int64_t tokens = std::min(pages.block_size, length - start);
         const T* page = page_of(keys, block);
         const T* next = block + 1 < blocks ? page_of(keys, block + 1) : page_of(values, 0);
+        Fetcher<T> fetcher(next, pages, count);
         for (int64_t h = 0; h < count; ++h) {
             score_page<T, 1>(queries + h * width, page + h * dim, pages, tokens,
-                             scores + h * stride + start, stride, next + h * dim);
+                             scores + h * stride + start, stride, fetcher);
         }
     }
     float* totals = queries;  // the queries have done their work
@@ -171,10 +231,10 @@ void decode_heads(const T* query, const T* keys, const T* values, const int32_t*
         const int64_t start = block * pages.block_size;
         const int64_t tokens = std::min(pages.block_size, length - start);
         const T* page = page_of(values, block);
-        const T* next = block + 1 < blocks ? page_of(values, block + 1) : nullptr;
+        Fetcher<T> fetcher(block + 1 < blocks ? page_of(values, block + 1) : nullptr, pages, count);
         for (int64_t h = 0; h < count; ++h) {
             mix_page<T, 1>(scores + h * stride + start, stride, page + h * dim, pages, tokens,
-                           mixed + h * width, next ? next + h * dim : nullptr);
+                           mixed + h * width, fetcher);
         }
     }
     for (int64_t h = 0; h < count; ++h) {
@@ -194,9 +254,10 @@ struct Rows {
 template <class T, class Before>
 void decode(Team& team, const T* query, const T* keys, const T* values, const Rows& rows,
             const Pages& pages, T* out, const Before& before) {
-    // Few rows leave threads without work: then the heads of a row are shared out as well.
+    // Few rows leave threads without work: then the heads of a row are shared out as well. Whole
+    // rows are read faster, since their pages lie in one piece.
     const int64_t some = std::max<int64_t>(1, rows.count);
-    const int64_t wanted = std::max<int64_t>(1, 8 * team.threads() / some);
+    const int64_t wanted = std::max<int64_t>(1, 4 * team.threads() / some);
     const int64_t share = std::max<int64_t>(1, pages.heads / std::min(wanted, pages.heads));
     const int64_t shares = (pages.heads + share - 1) / share;
     const int64_t row_stride = pages.heads * pages.dim;
@@ -227,10 +288,11 @@ void prefill_head(const T* query, const T* keys, const T* values, const int32_t*
     float* scores = mixed + Queries * width;
     for (int q = 0; q < Queries; ++q) load_query(query + q * row_stride, dim, queries + q * width);
     std::fill(mixed, mixed + Queries * width, 0.0f);
+    Fetcher<T> nothing(nullptr, pages, 1);  // neighbouring groups of queries read the same pages
     for (int64_t start = 0; start < length; start += pages.block_size) {
         const int64_t tokens = std::min(pages.block_size, length - start);
         const T* page = keys + table[start / pages.block_size] * pages.block_stride();
-        score_page<T, Queries>(queries, page, pages, tokens, scores + start, stride);
+        score_page<T, Queries>(queries, page, pages, tokens, scores + start, stride, nothing);
     }
     float totals[Queries];
     for (int q = 0; q < Queries; ++q) {
@@ -240,7 +302,7 @@ void prefill_head(const T* query, const T* keys, const T* values, const int32_t*
     for (int64_t start = 0; start < length; start += pages.block_size) {
         const int64_t tokens = std::min(pages.block_size, length - start);
         const T* page = values + table[start / pages.block_size] * pages.block_stride();
-        mix_page<T, Queries>(scores + start, stride, page, pages, tokens, mixed);
+        mix_page<T, Queries>(scores + start, stride, page, pages, tokens, mixed, nothing);
     }
     for (int q = 0; q < Queries; ++q) {
         store_mixed(mixed + q * width, totals[q], dim, out + q * row_stride);

@@ -183,6 +183,23 @@ constexpr int lane_of_sum(int i) {
     return lane;
 }
 
+template <int Step, int... I>
+inline void exchange_two(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
+    const Floats first = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + (I ^ Step) : I)...});
+    b = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + I : I ^ Step)...});
+    a = first;
+}
+
+// x[i][k] to x[k][i].
+template <int Step = kLanes / 2>
+inline void transpose(Floats (&x)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & Step) continue;
+        exchange_two<Step>(x[i], x[i + Step], std::make_integer_sequence<int, kLanes>{});
+    }
+    if constexpr (Step > 1) transpose<Step / 2>(x);
+}
+
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float largest(Floats x) {

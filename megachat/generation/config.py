@@ -56,8 +56,8 @@ class GenerationConfig(ConfigModel):
     backend: Backend = Field(
         default=Backend.REFERENCE,
         strict=False,
-        description="Who computes the operations of a step: plain torch, our CPU kernels or our CUDA "
-        "kernels, which no GPU has run yet.",
+        description="Who computes the operations of a step: plain torch, our CPU kernels or our "
+        "CUDA kernels, which no GPU has run yet.",
     )
     graphs: bool = Field(
         default=True,

@@ -56,7 +56,7 @@ class ModelRunner:
         if backend is Backend.CPU:
             cpu_kernels.prepare()
         if backend is Backend.CUDA:
-            cuda_kernels.prepare()
+            cuda_kernels.prepare(weights.words.device)
         self._weights = weights
         self._cache = cache
         self._group = weights.groups.tensor

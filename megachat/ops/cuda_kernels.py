@@ -101,18 +101,18 @@ class Launchers:
 
 
 @functools.cache
-def launchers() -> Launchers:
-    """Those for the current device, built if no process of this user has done so.
+def launchers(device: torch.device) -> Launchers:
+    """Those for a device, built if no process of this user has done so.
 
     Raises:
-        KernelError: There is no GPU, or they cannot be built or loaded.
+        KernelError: It is no GPU or too old a one, or they cannot be built or loaded.
     """
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         raise KernelError(
-            'backend = "cuda" needs an NVIDIA GPU, and torch sees none here: use backend = "cpu" '
-            'or "reference"'
+            f'backend = "cuda" needs a model on an NVIDIA GPU, and this one is on the {device}: '
+            'use backend = "cpu" or "reference"'
         )
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise KernelError(
             f"the CUDA kernels need compute capability 8.0 (Ampere) or later, this device has "
@@ -133,20 +133,23 @@ def launchers() -> Launchers:
     )
 
 
-def prepare() -> None:
+def prepare(device: torch.device) -> None:
     """Builds and loads the kernels, so that whoever configures them learns at once what is missing.
+
+    Args:
+        device: Where the model is.
 
     Raises:
         KernelError: As `launchers`.
     """
-    launchers()
+    launchers(device)
 
 
 def kv_append(qkv: Tensor, bias: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """Adds the bias, stores keys and values, returns the queries."""
     _check("kv_append", (qkv, bias, keys, values), indices=(slots,))
     query = new_queries(qkv, bias, keys, values, slots)
-    launchers().launch("kv_append", (qkv, bias, query, keys, values, slots), query.shape)
+    launchers(qkv.device).launch("kv_append", (qkv, bias, query, keys, values, slots), query.shape)
     return query
 
 
@@ -160,7 +163,7 @@ def paged_attention_decode(
 ) -> Tensor:
     """Attention of one new token of each sequence to all its tokens."""
     _check("paged_attention_decode", (query, keys, values), indices=(lengths,), tables=tables)
-    kernels, (rows, heads, head_dim) = launchers(), query.shape
+    kernels, (rows, heads, head_dim) = launchers(query.device), query.shape
     tables, block_size = tables.contiguous(), keys.shape[1]
     columns = tables.shape[1]
     splits = kernels.ask(
@@ -187,7 +190,7 @@ def paged_attention_prefill(
     _check("paged_attention_prefill", (query, keys, values), indices=indices, tables=tables)
     tokens, heads, head_dim = query.shape
     tables, out = tables.contiguous(), torch.empty_like(query)
-    launchers().launch(
+    launchers(query.device).launch(
         "paged_attention_prefill",
         (query, keys, values, tables, starts, offsets, out),
         (tokens, len(starts), heads, head_dim, keys.shape[1], tables.shape[1]),
@@ -204,7 +207,7 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
             f"tiled_linear got {x.dtype} inputs on {x.device} and a {weight.dtype} weight on "
             f"{weight.device} with strides {weight.stride()}: its rows must be contiguous"
         )
-    kernels, tokens = launchers(), len(x)
+    kernels, tokens = launchers(x.device), len(x)
     splits = kernels.ask(
         "tiled_linear_splits",
         _FORMATS[x.dtype], tokens, tiles, outputs, width, kernels.multiprocessors(x.device),
@@ -228,7 +231,7 @@ def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
     """`max(x + bias, 0)`."""
     _check("bias_relu", (x, bias))
     out = torch.empty_like(x)
-    launchers().launch("bias_relu", (x, bias, out), x.shape)
+    launchers(x.device).launch("bias_relu", (x, bias, out), x.shape)
     return out
 
 
@@ -239,7 +242,7 @@ def bias_residual_layer_norm(
     inputs = (x, bias, residual, weight, norm_bias)
     _check("bias_residual_layer_norm", inputs)
     results = torch.empty_like(x), torch.empty_like(x)
-    launchers().launch("bias_residual_layer_norm", (*inputs, *results), (*x.shape, epsilon))
+    launchers(x.device).launch("bias_residual_layer_norm", (*inputs, *results), (*x.shape, epsilon))
     return results
 
 
@@ -268,7 +271,7 @@ def sample(
     parts = logits.new_empty(4, rows, dtype=torch.float64)
     # The kernel names tokens by their id in the whole vocabulary.
     suppressed, stops = (ids + start if start else ids for ids in (suppressed, stops))
-    launchers().launch(
+    launchers(logits.device).launch(
         "sample",
         (logits, keys, positions, None, None, suppressed, stops, parts),
         (rows, logits.stride(0), columns, 0, len(suppressed), len(stops), min_new_tokens, start)

@@ -79,7 +79,7 @@ class Op(Generic[P, R]):
 
 
 _OPS: dict[str, Op[Any, Any]] = {}
-_DISPATCHED = torch.library.Library("megachat", "DEF")
+_DISPATCHED: Any = torch.library.Library("megachat", "DEF")  # type: ignore[no-untyped-call]
 
 
 def register(op: Op[P, R]) -> Op[P, R]:

@@ -52,6 +52,6 @@ def emulated_cuda(order: Order | None = None) -> Iterator[None]:
         if op.cuda is not None:
             dispatched.impl(op.name, op.cuda.launch, "CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_kernels, "launchers", lambda: launchers)
+        patch.setattr(cuda_kernels, "launchers", lambda device: launchers)
         yield
     dispatched._destroy()

@@ -113,8 +113,10 @@ def test_a_nan_in_a_key_reaches_the_row_that_attends_to_it_and_no_other(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 11])
-@pytest.mark.parametrize(("tiles", "rows", "width"), [(1, 7, 1600), (3, 8, 37), (2, 1, 5)])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 11, 12, 21, 40, 70])
+@pytest.mark.parametrize(
+    ("tiles", "rows", "width"), [(1, 7, 1600), (3, 8, 37), (2, 1, 5), (1, 29, 64)]
+)
 def test_products_are_exact_to_rounding_for_odd_sizes(
     tokens: int, tiles: int, rows: int, width: int, dtype: torch.dtype, threads: None
 ) -> None:

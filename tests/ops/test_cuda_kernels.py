@@ -29,7 +29,7 @@ from tests.ops.pages import make_pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DISPATCHED = [op for op in registered_ops().values() if op.cuda is not None]
-OF_THE_DEVICE = cuda_kernels.launchers
+OF_A_DEVICE = cuda_kernels.launchers
 """As it is where nothing is emulated."""
 LENGTHS = [700, 1, 0, 17]
 C_TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
@@ -236,13 +236,11 @@ def test_a_shape_that_the_kernels_do_not_know_is_named() -> None:
 def test_without_a_gpu_or_with_an_old_one_the_message_says_what_to_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(KernelError, match=r"needs an NVIDIA GPU.*use backend = \"cpu\""):
-        OF_THE_DEVICE()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(KernelError, match=r"this one is on the cpu: use backend = \"cpu\""):
+        OF_A_DEVICE(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(KernelError, match=r"capability 8.0 .* this device has 7.5"):
-        OF_THE_DEVICE()
+        OF_A_DEVICE(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(
@@ -260,10 +258,9 @@ def test_the_kernels_are_built_for_the_device_and_a_warning_says_that_no_gpu_has
         recipes.append(recipe)
         return EmulatedLibrary()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(cuda_kernels, "load_library", load)
-    OF_THE_DEVICE.__wrapped__()
+    OF_A_DEVICE.__wrapped__(torch.device("cuda", 0))
     assert [recipe.flags for recipe in recipes] == [(f"-arch={architecture}",)]
     assert list(recipes[0].sources.glob("*.cu")) and recipes[0].toolchain.compiler == "nvcc"
     assert "no GPU of this project's has run" in caplog.text

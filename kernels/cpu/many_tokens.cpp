@@ -5,61 +5,45 @@ namespace megachat {
 namespace {
 
 constexpr int kAtOnce = 12;  // sums: with a few weights and an input they fill 16 vector registers
-constexpr int64_t kLine = 64;  // bytes that are fetched at once
+constexpr int kStep = 16;      // inputs between two rounds of fetching
 
 // Elements of some rows, each in all lanes. Three rows share a pointer, or addresses would take more
 // registers than there are.
-template <class T, int Rows>
+template <int Rows>
 class Elements {
 public:
-    Elements(const T* weight, int64_t row_stride) : stride_(row_stride) {
+    Elements(const float* weight, int64_t row_stride) : stride_(row_stride) {
         for (int group = 0; group < kGroups; ++group) at_[group] = weight + group * 3 * row_stride;
     }
 
-    void advance(int count) {
-        for (const T*& at : at_) at += count;
-    }
+    Floats operator()(int row) const { return all(at_[row / 3][row % 3 * stride_]); }
 
-    // Element `Part` of the `kParts` that come next.
-    template <int Part>
-    Floats broadcast(int row) const {
-        const T* from = at_[row / 3] + row % 3 * stride_;
-        if constexpr (std::is_same_v<T, float>) {
-            return all(*from);
-        } else {
-            uint32_t pair;  // read together, since a single one takes more instructions to spread
-            std::memcpy(&pair, from, sizeof pair);
-            const Words pairs = pair - Words{};
-            return (Floats)(Part == 0 ? pairs << 16 : pairs & 0xffff0000u);
-        }
-    }
-
-    // The next element, behind which nothing may be read.
-    Floats broadcast_last(int row) const {
-        T padded[kParts<T>] = {at_[row / 3][row % 3 * stride_]};
-        return Elements<T, 1>(padded, 0).template broadcast<0>(0);
+    void advance() {
+        for (const float*& at : at_) ++at;
     }
 
 private:
     static constexpr int kGroups = (Rows + 2) / 3;
 
-    const T* at_[kGroups];
+    const float* at_[kGroups];
     int64_t stride_;
 };
 
-// total[row][vector] += an input of all tokens times `element(row)`.
-template <int Vectors, int Rows, class Element>
-__attribute__((always_inline)) inline void add_input(const float* x, const Element& element, Floats (&total)[Rows][Vectors]) {
+// total[row][vector] += the products of the next input of all tokens. A call here would put the
+// totals into memory.
+template <int Vectors, int Rows>
+__attribute__((always_inline)) inline void add_input(const float*& x, Elements<Rows>& elements,
+                                                     Floats (&total)[Rows][Vectors]) {
     // Whichever are fewer stay in registers, the others come one at a time.
     if constexpr (Rows <= Vectors) {
-        Floats elements[Rows];
+        Floats some[Rows];
 #pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r) elements[r] = element(r);
+        for (int r = 0; r < Rows; ++r) some[r] = elements(r);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
             const Floats tokens = load(x + v * kLanes);
 #pragma GCC unroll 12
-            for (int r = 0; r < Rows; ++r) multiply_add(total[r][v], elements[r], tokens);
+            for (int r = 0; r < Rows; ++r) multiply_add(total[r][v], some[r], tokens);
         }
     } else {
         Floats tokens[Vectors];
@@ -67,33 +51,21 @@ __attribute__((always_inline)) inline void add_input(const float* x, const Eleme
         for (int v = 0; v < Vectors; ++v) tokens[v] = load(x + v * kLanes);
 #pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
-            const Floats one = element(r);
+            const Floats one = elements(r);
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) multiply_add(total[r][v], one, tokens[v]);
         }
     }
-}
-
-// The `kParts` inputs that come next. A call here would put the totals into memory.
-template <class T, int Vectors, int Rows>
-__attribute__((always_inline)) inline void add_next(const float*& x, Elements<T, Rows>& elements,
-                                                    Floats (&total)[Rows][Vectors]) {
-    add_input(x, [&](int r) { return elements.template broadcast<0>(r); }, total);
     x += Vectors * kLanes;
-    if constexpr (kParts<T> == 2) {
-        add_input(x, [&](int r) { return elements.template broadcast<1>(r); }, total);
-        x += Vectors * kLanes;
-    }
-    elements.advance(kParts<T>);
+    elements.advance();
 }
 
 // sums += the products of `Rows` rows with a pass's tokens over `width` inputs.
-template <class T, int Vectors, int Rows>
-inline void add_products(const float* x, const T* weight, int64_t row_stride, int64_t width,
+template <int Vectors, int Rows>
+inline void add_products(const float* x, const float* weight, int64_t row_stride, int64_t width,
                          const Ahead& ahead, float* sums) {
-    constexpr int64_t kStep = kLine / sizeof(T);
     Floats total[Rows][Vectors] = {};
-    Elements<T, Rows> elements(weight, row_stride);
+    Elements<Rows> elements(weight, row_stride);
     const char* fetch = ahead.at;
     int64_t i = 0;
     for (; i + kStep <= width; i += kStep) {
@@ -101,10 +73,9 @@ inline void add_products(const float* x, const T* weight, int64_t row_stride, in
         for (int r = 0; r < Rows; ++r) __builtin_prefetch(fetch + r * ahead.row_bytes);
         fetch += ahead.advance;
 #pragma GCC unroll 2
-        for (int k = 0; k < kStep; k += kParts<T>) add_next(x, elements, total);
+        for (int k = 0; k < kStep; ++k) add_input(x, elements, total);
     }
-    for (; i + kParts<T> <= width; i += kParts<T>) add_next(x, elements, total);
-    if (i < width) add_input(x, [&](int r) { return elements.broadcast_last(r); }, total);
+    for (; i < width; ++i) add_input(x, elements, total);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -116,23 +87,47 @@ inline void add_products(const float* x, const T* weight, int64_t row_stride, in
 }
 
 // A pass over a block.
-template <class T, int Vectors>
-inline void add_rows(const float* x, const T* weight, int64_t row_stride, int64_t rows,
-                     int64_t width, Ahead ahead, float* sums) {
+template <int Vectors>
+inline void add_rows(const float* x, const float* weight, int64_t row_stride, int64_t rows,
+                     int64_t width, const Ahead& ahead, float* sums) {
     constexpr int64_t kTogether = kAtOnce / Vectors;
     int64_t row = 0;
     const auto ahead_of = [&](int64_t r) {
         return Ahead{ahead.at + r * ahead.row_bytes, ahead.row_bytes, ahead.advance};
     };
     for (; row + kTogether <= rows; row += kTogether) {
-        add_products<T, Vectors, kTogether>(x, weight + row * row_stride, row_stride, width,
-                                            ahead_of(row), sums + row * Vectors * kLanes);
+        add_products<Vectors, kTogether>(x, weight + row * row_stride, row_stride, width,
+                                         ahead_of(row), sums + row * Vectors * kLanes);
     }
     for (; row < rows; ++row) {
-        add_products<T, Vectors, 1>(x, weight + row * row_stride, row_stride, width, ahead_of(row),
-                                    sums + row * Vectors * kLanes);
+        add_products<Vectors, 1>(x, weight + row * row_stride, row_stride, width, ahead_of(row),
+                                 sums + row * Vectors * kLanes);
     }
 }
+
+// A block in float32: `weight` itself, or a copy in `widened`, which costs less than to widen each
+// element as it is spread.
+struct Block {
+    const float* weight;
+    int64_t row_stride;
+
+    static Block of(const float* weight, int64_t row_stride, int64_t, int64_t, float*) {
+        return {weight, row_stride};
+    }
+
+    static Block of(const BFloat16* weight, int64_t row_stride, int64_t rows, int64_t width,
+                    float* widened) {
+        for (int64_t row = 0; row < rows; ++row) {
+            const BFloat16* from = weight + row * row_stride;
+            float* to = widened + row * kInputs;
+            for (int64_t i = 0; i < width; i += kLanes) {
+                const int count = static_cast<int>(width - i);
+                store_first(to + i, load_first(from + i, count), count);
+            }
+        }
+        return {widened, kInputs};
+    }
+};
 
 // x `[tokens][stride]` to `[width][kLanes]` with `step` floats between two inputs.
 template <class T>
@@ -171,22 +166,24 @@ void ManyTokens<T>::lay_out(const T* x, int64_t tokens, const Matrix<T>& weight,
 template <class T>
 void ManyTokens<T>::add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
                               int64_t rows, int64_t width, const T* next, float* sums) {
+    constexpr int64_t kBytes = sizeof(T);
     const int64_t passes = (vectors(tokens) + kVectors - 1) / kVectors;
-    const int64_t share = width * static_cast<int64_t>(sizeof(T)) / passes;
-    Ahead ahead{reinterpret_cast<const char*>(next), row_stride * static_cast<int64_t>(sizeof(T)),
-                kLine / passes};
+    const int64_t share = width * kBytes / passes;
+    Ahead ahead{reinterpret_cast<const char*>(next), row_stride * kBytes, kStep * kBytes / passes};
+    alignas(64) float widened[std::is_same_v<T, float> ? 1 : kBlockRows * kInputs];
+    const Block block = Block::of(weight, row_stride, rows, width, widened);
     for_passes(tokens, [&](int64_t first, int64_t count) {
         float* to = sums + first * kBlockRows * kLanes;
         const float* from = x + first * width * kLanes;
         switch (count) {  // never 1: that many tokens are few
             case 2:
-                add_rows<T, 2>(from, weight, row_stride, rows, width, ahead, to);
+                add_rows<2>(from, block.weight, block.row_stride, rows, width, ahead, to);
                 break;
             case 3:
-                add_rows<T, 3>(from, weight, row_stride, rows, width, ahead, to);
+                add_rows<3>(from, block.weight, block.row_stride, rows, width, ahead, to);
                 break;
             default:
-                add_rows<T, 4>(from, weight, row_stride, rows, width, ahead, to);
+                add_rows<4>(from, block.weight, block.row_stride, rows, width, ahead, to);
         }
         ahead.at += share;
     });

@@ -1,12 +1,13 @@
 """Times generation on this machine's CPU beside the limits of its memory and of its arithmetic.
 
     python tools/scaling/bench_generation.py --model facebook/opt-125m --random-weights \
-        --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--json]
+        --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--tensor 2] [--json]
     python tools/scaling/bench_generation.py --weights HF_FOLDER ...
 
 Every engine has the same weights and prompts and answers greedily, without stopping early. Engines
 take turns in one process, and so do the measurements of the machine's limits: on a machine that
-others use, only the shares and ratios of one run mean something.
+others use, only the shares and ratios of one run mean something. With `--tensor` more processes
+start, which wait while engines of one process run.
 """
 
 import importlib
@@ -41,9 +42,10 @@ from megachat.errors import ConfigError
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.generator import Generator
 from megachat.generation.kv_cache import block_bytes
-from megachat.model.config import Head, ModelOptions, OptConfig
+from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
+from megachat.parallel.collectives import barrier
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.launch import Worker, num_cores
 from megachat.parallel.layout import ParallelLayout
@@ -82,6 +84,14 @@ class Settings(ConfigModel):
         default="wall", pattern="^(wall|cpu)$", description="wall, or cpu time of this process."
     )
     peer: list[str] = Field(default=[], description="transformers or reference; repeatable.")
+    tensor: int = Field(
+        default=1, ge=1, description="Also cut the model over so many processes, threads shared."
+    )
+
+    @property
+    def over_ranks(self) -> str:
+        """Name of the engine that is cut."""
+        return f"{OURS}, tp {self.tensor}"
 
     @property
     def config(self) -> OptConfig:
@@ -153,7 +163,7 @@ def megachat_engine(
     blocks = settings.batch * -(-length // settings.block_size)
     size = block_bytes(
         model.config,
-        tensor=1,
+        tensor=model.groups.tensor.size(),
         block_size=settings.block_size,
         dtype=DTYPES[settings.dtype],
     )
@@ -226,38 +236,96 @@ def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) 
 
 def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     """Measures, and writes the results."""
-    torch.set_num_threads(settings.threads)
-    dtype = DTYPES[settings.dtype]
+    prompts = random_prompts(
+        settings.config.vocab_size, batch=settings.batch * settings.waves, length=settings.prompt
+    )
+    engines: dict[str, Run] = {}
+    model = _model(ParallelLayout(data=settings.tensor), settings)
+    folder = Path(output).parent / "weights"
+    if "transformers" in settings.peer:
+        save_huggingface(model, folder)
+    if worker.rank == 0:
+        engines = _engines(model, prompts, settings, folder=folder)
+    if settings.tensor > 1:
+        cut = _model(ParallelLayout(tensor=settings.tensor), settings)
+        engines[settings.over_ranks] = megachat_engine(cut, prompts, settings, backend=Backend.CPU)
+    timings, answers, best = _take_turns(engines, settings, is_measuring=worker.rank == 0)
+    if worker.rank == 0:
+        summary = _summary(timings, answers, best, settings)
+        Path(output).write_text(json.dumps(summary), encoding="utf-8")
+
+
+def _model(layout: ParallelLayout, settings: Settings) -> OptModel:
+    """The model in a layout of all ranks."""
     model = OptModel(
         settings.config,
-        groups=ProcessGroups.create(ParallelLayout()),
+        groups=ProcessGroups.create(layout),
         head=Head.LANGUAGE_MODEL,
-        options=ModelOptions(dtype=dtype),
+        options=ModelOptions(
+            dtype=DTYPES[settings.dtype],
+            vocab_multiple=vocab_multiple_for(layout.tensor, layout.tensor),
+        ),
         seed=1,
     )
     if settings.weights is not None:
         load_huggingface(model, Path(settings.weights))
-    prompts = random_prompts(
-        settings.config.vocab_size, batch=settings.batch * settings.waves, length=settings.prompt
-    )
+    return model
+
+
+def _engines(
+    model: OptModel, prompts: PromptBatch, settings: Settings, *, folder: Path
+) -> dict[str, Run]:
+    """Those of one process."""
     engines = {OURS: megachat_engine(model, prompts, settings, backend=Backend.CPU)}
     if "reference" in settings.peer:
         engines["reference"] = megachat_engine(model, prompts, settings, backend=Backend.REFERENCE)
     if "transformers" in settings.peer:
-        folder = Path(output).parent / "weights"
-        save_huggingface(model, folder)
         engines["transformers"] = transformers_engine(folder, prompts, settings)
-    answers = {name: run()[1] for name, run in engines.items()}  # the first run warms up
-    ceilings = [measure_ceilings(dtype, clock=CLOCKS[settings.clock])]
+    return engines
+
+
+def _take_turns(
+    engines: dict[str, Run], settings: Settings, *, is_measuring: bool
+) -> tuple[dict[str, list[Timing]], dict[str, Tensor], Ceilings]:
+    """Runs all engines again and again; a collective call.
+
+    Args:
+        engines: Those that this rank takes part in.
+        settings: What is measured.
+        is_measuring: Whether it also measures the machine's limits, in which the others wait.
+
+    Returns:
+        Timings and answers of this rank's engines, and the limits.
+    """
+    names = [OURS, *sorted(settings.peer)] + [settings.over_ranks] * (settings.tensor > 1)
     timings: dict[str, list[Timing]] = {name: [] for name in engines}
-    for _ in range(settings.repeats):
-        for name, run in engines.items():
-            timings[name].append(run()[0])
-        ceilings.append(measure_ceilings(dtype, clock=CLOCKS[settings.clock]))
-    best = Ceilings.best_of(ceilings)
-    results = [_result(name, timings[name], settings, best) for name in engines]
+    answers: dict[str, Tensor] = {}
+    ceilings = [Ceilings(read_gb_s=0.0, gemm_tflop_s=0.0)]
+    for repeat in range(settings.repeats + 1):
+        for name in names:
+            is_cut = name == settings.over_ranks
+            torch.set_num_threads(max(1, settings.threads // (settings.tensor if is_cut else 1)))
+            barrier()
+            if name in engines:
+                timing, answers[name] = engines[name]()
+                timings[name] += [timing] if repeat else []  # the first run warms up
+        torch.set_num_threads(settings.threads)
+        barrier()
+        if is_measuring:
+            ceilings.append(measure_ceilings(DTYPES[settings.dtype], clock=CLOCKS[settings.clock]))
+    return timings, answers, Ceilings.best_of(ceilings)
+
+
+def _summary(
+    timings: dict[str, list[Timing]],
+    answers: dict[str, Tensor],
+    best: Ceilings,
+    settings: Settings,
+) -> dict[str, Any]:
+    """What is written."""
+    results = [_result(name, timings[name], settings, best) for name in timings]
     first = results[0]
-    summary = {
+    return {
         "tokens_per_second": first.tokens_per_second,
         "decode_ms_per_step": first.decode_ms_per_step,
         "prefill_seconds": first.prefill_seconds,
@@ -273,7 +341,6 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         "settings": settings.model_dump(mode="json"),
         **machine_state(),
     }
-    Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
 
 def _result(name: str, timings: list[Timing], settings: Settings, ceilings: Ceilings) -> Result:
@@ -340,7 +407,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("give either --random-weights or --weights HF_FOLDER")
     if not set(settings.peer) <= set(PEERS):
         raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
-    return run_benchmark(run_rank, settings, threads=settings.threads)
+    return run_benchmark(run_rank, settings, processes=settings.tensor, threads=settings.threads)
 
 
 def main(*, as_json: bool, **options: Any) -> None:

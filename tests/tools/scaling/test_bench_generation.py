@@ -19,9 +19,10 @@ from tools.scaling import bench_generation as bench
 
 def _measured(folder: str, options: dict[str, Any]) -> bench.Settings:
     """Runs the whole benchmark on given weights."""
-    model = ref.build_model(ref.PRE_LN, ParallelLayout(), seed=0)
+    model = ref.build_model(ref.PRE_LN, ParallelLayout(data=dist.get_world_size()), seed=0)
     weights, output = Path(folder, "given"), Path(folder, "summary.json")
     save_huggingface(model, weights)
+    dist.barrier()
     settings = bench.Settings(
         weights=str(weights),
         batch=2,
@@ -53,6 +54,14 @@ def test_all_engines_answer_alike_and_the_keys_are_those_of_megachat(tmp_path: P
     share = summary["step_bytes"] / (ours["decode_ms_per_step"] / 1000) / read
     assert share == pytest.approx(ours["bandwidth_share"])
     assert bench.OURS in bench.show(summary)
+
+
+def test_a_model_cut_over_processes_answers_as_the_whole_one(tmp_path: Path) -> None:
+    settings, _ = run_ranks(2, _measured, str(tmp_path), {"tensor": 2})
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert summary["same_tokens"] == {bench.OURS: 1.0, settings.over_ranks: 1.0}
+    assert [row["engine"] for row in summary["engines"]] == [bench.OURS, settings.over_ranks]
+    assert all(row["tokens_per_second"] > 0 for row in summary["engines"])
 
 
 def test_answers_that_end_early_are_counted_to_their_ends(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from megachat.generation.sampling import Sampler, VocabularySlice, request_keys
 from megachat.generation.session import Answers, DecodeSession, SessionStatistics
 from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
+from megachat.ops.all_reduce import group_sum
 from megachat.parallel.collectives import all_gather_rows
 from megachat.records import PromptBatch, Rollout
 
@@ -77,6 +78,7 @@ class Generator:
             dtype=weights.words.dtype,
             device=self._device,
         )
+        self._add_up = group_sum(weights.groups.tensor, self._settings.backend)
         self._placed: tuple[tuple[int, ...], ModelRunner] | None = None
         self._runner(weights)
         self._statistics: SessionStatistics | None = None
@@ -177,7 +179,11 @@ class Generator:
         if self._placed is None or self._placed[0] != addresses:
             recorder = recorder_for(self._device) if self._settings.graphs else None
             runner = ModelRunner(
-                weights, self._cache, backend=self._settings.backend, recorder=recorder
+                weights,
+                self._cache,
+                backend=self._settings.backend,
+                add_up=self._add_up,
+                recorder=recorder,
             )
             self._placed = addresses, runner
         return self._placed[1]

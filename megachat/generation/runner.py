@@ -16,12 +16,12 @@ from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
 from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.all_reduce import GroupSum, group_sum
 from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
 from megachat.ops.tiled_linear import tiled_linear
-from megachat.parallel.collectives import all_reduce_sum
 
 _EPSILON = 1e-5
 
@@ -39,6 +39,7 @@ class ModelRunner:
         cache: PagedKvCache,
         *,
         backend: Backend,
+        add_up: GroupSum | None = None,
         recorder: StepRecorder | None = None,
     ) -> None:
         """Picks the implementations; copies nothing.
@@ -47,6 +48,8 @@ class ModelRunner:
             weights: What to compute with.
             cache: Where keys and values live.
             backend: Who computes the operations of the registry.
+            add_up: Sums over the tensor group; None looks for the fastest way, which is a
+                collective call.
             recorder: Records steps without chunks, for as long as weights and cache keep their
                 addresses; None computes every step anew.
 
@@ -59,7 +62,8 @@ class ModelRunner:
             cuda_kernels.prepare(weights.words.device)
         self._weights = weights
         self._cache = cache
-        self._group = weights.groups.tensor
+        group = weights.groups.tensor
+        self._add_up = add_up if add_up is not None else group_sum(group, backend)
         self._norm_first = weights.config.layer_norm_first
         self._append = kv_append.on(backend)
         self._attend_decode = paged_attention_decode.on(backend)
@@ -73,7 +77,7 @@ class ModelRunner:
             self._graphs = DecodeGraphs(self._forward, recorder=recorder, columns=columns)
         self._decode_step = None
         if backend is Backend.CPU:
-            model = decode_model(weights, cache)
+            model = decode_model(weights, cache, self._add_up if group.size() > 1 else None)
             self._decode_step = CpuDecodeStep(model, most_rows=cache.max_sequences)
 
     @torch.no_grad()
@@ -120,7 +124,7 @@ class ModelRunner:
         local = tokens - weights.vocab_start
         outside = (local < 0) | (local >= weights.words.shape[0])
         hidden = F.embedding(local.masked_fill(outside, 0), weights.words)
-        hidden = all_reduce_sum(hidden.masked_fill(outside[:, None], 0.0), self._group)
+        hidden = self._add_up(hidden.masked_fill(outside[:, None], 0.0))
         if weights.project_in is not None:
             hidden = self._linear(hidden, weights.project_in)
         return hidden + F.embedding(positions + POSITION_OFFSET, weights.positions)
@@ -199,7 +203,7 @@ class ModelRunner:
 
     def _row_parallel(self, x: Tensor, weight: Tensor) -> Tensor:
         """A product whose input dimension is cut over the tensor group, without its bias."""
-        return all_reduce_sum(self._tiled_linear(x, weight), self._group)
+        return self._add_up(self._tiled_linear(x, weight))
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """A product with a weight `[out, in]`: one tile."""
@@ -215,8 +219,10 @@ class ModelRunner:
         return logits
 
 
-def decode_model(weights: GenerationWeights, cache: PagedKvCache) -> DecodeModel:
-    """Weights and cache as `CpuDecodeStep` takes them."""
+def decode_model(
+    weights: GenerationWeights, cache: PagedKvCache, add_up: GroupSum | None
+) -> DecodeModel:
+    """What `CpuDecodeStep` takes; `add_up` sums over the tensor group, None where one is alone."""
     layers = []
     for number, layer in enumerate(weights.layers):
         keys, values = cache.layer(number)
@@ -235,5 +241,5 @@ def decode_model(weights: GenerationWeights, cache: PagedKvCache) -> DecodeModel
         epsilon=_EPSILON,
         vocab_start=weights.vocab_start,
         local_vocab=weights.local_vocab,
-        group=weights.groups.tensor,
+        group_sum=add_up,
     )

@@ -156,6 +156,45 @@ def sample(
     return results
 
 
+def all_reduce_bytes(*, ranks: int, place_bytes: int) -> int:
+    """Bytes of the memory that ranks share for their sums."""
+    function = load_library().megachat_all_reduce_region
+    function.restype = ctypes.c_int64
+    size: int = function(ctypes.c_int64(ranks), ctypes.c_int64(place_bytes))
+    return size
+
+
+def all_reduce_post(
+    message: Tensor, region: Tensor, *, rank: int, ranks: int, place_bytes: int, call: int
+) -> None:
+    """Puts this rank's message where all can read it; see `megachat.ops.all_reduce`."""
+    function = getattr(load_library(), f"megachat_all_reduce_post_{_SUFFIX[message.dtype]}")
+    numbers = (ranks, place_bytes, rank, message.numel(), call)
+    function(
+        ctypes.c_void_p(message.data_ptr()),
+        ctypes.c_void_p(region.data_ptr()),
+        *map(ctypes.c_int64, numbers),
+    )
+
+
+def all_reduce_collect(
+    out: Tensor, region: Tensor, *, ranks: int, place_bytes: int, call: int
+) -> int:
+    """Waits for the messages of all ranks, for a moment, and adds them up.
+
+    Returns:
+        A rank that has not come, or -1: then `out` is the sum.
+    """
+    function = getattr(load_library(), f"megachat_all_reduce_collect_{_SUFFIX[out.dtype]}")
+    function.restype = ctypes.c_int64
+    missing: int = function(
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(region.data_ptr()),
+        *map(ctypes.c_int64, (ranks, place_bytes, out.numel(), call)),
+    )
+    return missing
+
+
 def decode_step(
     model: ctypes.Structure, step: ctypes.Structure, *, segments: range, dtype: torch.dtype
 ) -> None:

@@ -12,11 +12,10 @@ import ctypes
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megachat.errors import KernelError
 from megachat.ops import cpu_kernels
-from megachat.parallel.collectives import all_reduce_sum
+from megachat.ops.all_reduce import GroupSum
 
 MOST_ROWS = 128
 """Sequences of a step. With more of them, products are better left to a large GEMM."""
@@ -75,8 +74,8 @@ class DecodeModel:
     """First vocabulary id of this rank's rows of `words`."""
     local_vocab: int
     """Rows of `words` that mean something; padding follows."""
-    group: ProcessGroup
-    """The tensor group."""
+    group_sum: GroupSum | None
+    """Sums over the tensor group; None where this rank is alone."""
 
 
 class _Matrix(ctypes.Structure):
@@ -204,7 +203,7 @@ class CpuDecodeStep:
         """Gathers addresses and takes memory for the activations.
 
         Args:
-            model: Weights, cache and group.
+            model: Weights, cache and the sum over the group.
             most_rows: Sequences of a step at most; no more than `MOST_ROWS` are ever taken.
 
         Raises:
@@ -265,14 +264,15 @@ class CpuDecodeStep:
             setattr(step, name, tensor.data_ptr())
         step.table_stride, step.rows = tables.stride(0), rows
         segments = range(2 * len(self._model.layers) + 2)
-        if self._model.group.size() == 1:
+        add_up = self._model.group_sum
+        if add_up is None:
             self._run(segments)
         else:
             for segment in segments:
                 self._run(segments[segment : segment + 1])
                 if segment < segments[-1]:
                     width = self._partial_widths[segment > 0]
-                    all_reduce_sum(self._buffers["partial"][: rows * width], self._model.group)
+                    add_up(self._buffers["partial"][: rows * width])
         width = self._model.words.shape[0]
         return self._buffers["logits"][: rows * width].view(rows, width)
 

@@ -134,6 +134,20 @@ def test_products_are_exact_to_rounding_for_odd_sizes(
         assert _error(found, expected) <= ROUNDING[dtype] + sizes.max().item() * 2.0**-24
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("fewer", "more"), [(1, 5), (24, 70)])
+def test_a_token_gets_the_same_bits_whatever_is_beside_it(
+    fewer: int, more: int, dtype: torch.dtype, threads: None
+) -> None:
+    """Among few tokens, and among many: the two ways add up in different orders."""
+    generator = torch.Generator().manual_seed(more)
+    x = torch.randn(more, 800, generator=generator).to(dtype)
+    weight = torch.randn(2, 40, 400, generator=generator).to(dtype)
+    part = slice(more - fewer, more)
+    found = cpu_kernels.tiled_linear(x[part].contiguous(), weight)
+    assert torch.equal(found, cpu_kernels.tiled_linear(x, weight)[part])
+
+
 def test_what_a_kernel_would_misread_is_refused() -> None:
     pages = make_pages([4, 4], block_size=2)
     query = torch.zeros(2, 2, 8)

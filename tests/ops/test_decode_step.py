@@ -147,10 +147,10 @@ def test_a_fused_step_is_the_step_op_by_op(tensor: int, threads: int) -> None:
 
 
 def _rows_alone_and_together() -> None:
-    """A row's logits do not depend, in any bit, on the rows beside it or the number of threads."""
+    """Among few rows, logits depend in no bit on the rows beside or the number of threads."""
     weights = _weights(PRE_LN, tensor=1, dtype=torch.bfloat16, tiles=1)
     cache = _cache(weights, block_size=4)
-    step = CpuDecodeStep(decode_model(weights, cache), most_rows=len(LENGTHS))
+    step = CpuDecodeStep(decode_model(weights, cache, None), most_rows=len(LENGTHS))
     whole = _step(cache, LENGTHS, op_by_op=False)
     assert whole.decode is not None
     results = []
@@ -176,7 +176,7 @@ def test_a_row_gets_the_same_logits_whatever_is_beside_it_and_however_many_threa
 def _refusals() -> list[str]:
     weights = _weights(PRE_LN, tensor=1, dtype=torch.float32, tiles=1)
     cache = _cache(weights, block_size=4)
-    model = decode_model(weights, cache)
+    model = decode_model(weights, cache, None)
     step = CpuDecodeStep(model, most_rows=3)
     rows = _step(cache, LENGTHS, op_by_op=False)
     assert rows.decode is not None

@@ -32,9 +32,7 @@ from megachat.ops.paged_cache import kv_append, paged_attention_decode
 from megachat.ops.registry import Backend
 from megachat.ops.sample import DrawRules, sample
 from megachat.ops.tiled_linear import tiled_linear
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.launch import Worker, num_cores
-from megachat.parallel.layout import ParallelLayout
 from megachat.planner.decode_cost import SHARES, Limits, predict, work_of
 
 _READ_BYTES = 1 << 28
@@ -153,7 +151,7 @@ def random_model(
         epsilon=1e-5,
         vocab_start=0,
         local_vocab=config.vocab_size,
-        group=ProcessGroups.create(ParallelLayout()).tensor,
+        group_sum=None,
     )
 
 

@@ -33,7 +33,9 @@ class Shares:
 
     read: float
     product: float
-    """Of arithmetic, in products."""
+    """Of arithmetic, in products of fewer than `MANY_ROWS` rows."""
+    product_of_many: float
+    """Of arithmetic, in products of at least so many."""
     attention: float
     """Of arithmetic, in attention: one query leaves little to reuse."""
     unhidden: float
@@ -41,10 +43,12 @@ class Shares:
 
 
 SHARES = {
-    "fp32": Shares(read=0.68, product=0.62, attention=0.08, unhidden=0.15),
-    "bf16": Shares(read=0.68, product=0.62, attention=0.065, unhidden=0.15),
+    "fp32": Shares(read=0.73, product=0.62, product_of_many=0.76, attention=0.08, unhidden=0.15),
+    "bf16": Shares(read=0.68, product=0.62, product_of_many=0.6, attention=0.065, unhidden=0.15),
 }
-"""bf16 values take two instructions more each before they can be multiplied."""
+"""bf16 values are widened before they can be multiplied: once for many rows, else for each four."""
+MANY_ROWS = 12
+"""From so many rows on, products are computed the other way (`kMany` of kernels/cpu/linear.h)."""
 PHASE_SECONDS = 5e-6
 """From the end of one phase to the beginning of the next: the slower thread, and the barrier."""
 CALL_SECONDS = 60e-6
@@ -55,6 +59,8 @@ CALL_SECONDS = 60e-6
 class DecodeWork:
     """What one step of equally long sequences has to do."""
 
+    rows: int
+    """Sequences."""
     weight_bytes: int
     cache_bytes: int
     product_flops: int
@@ -88,6 +94,7 @@ def work_of(config: OptConfig, *, batch: int, context: int, value_bytes: int) ->
     one_token = forward_flops(shape, lengths=[1] * batch)
     scores = one_token.scores + one_token.values
     return DecodeWork(
+        rows=batch,
         weight_bytes=read.weights,
         cache_bytes=read.cache,
         product_flops=one_token.total - scores,
@@ -99,9 +106,10 @@ def work_of(config: OptConfig, *, batch: int, context: int, value_bytes: int) ->
 def predict(work: DecodeWork, limits: Limits, shares: Shares) -> float:
     """Seconds of a step."""
     read = limits.read * shares.read
+    product = shares.product if work.rows < MANY_ROWS else shares.product_of_many
     products = _overlapped(
         work.weight_bytes / read,
-        work.product_flops / (limits.multiply_add * shares.product),
+        work.product_flops / (limits.multiply_add * product),
         unhidden=shares.unhidden,
     )
     attention = _overlapped(

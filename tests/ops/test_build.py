@@ -13,8 +13,9 @@ import pytest
 
 from megachat.errors import KernelError
 from megachat.ops import build as module
-from megachat.ops.build import Recipe, build, load_library
+from megachat.ops.build import NVCC, Recipe, build, load_library
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 
@@ -124,6 +125,37 @@ def test_without_a_compiler_the_message_says_how_to_get_one_or_do_without(
     message = str(caught.value)
     assert "need g++" in message and "\n" not in message
     assert "apt-get install g++" in message and 'backend = "reference"' in message
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
+def test_nvcc_builds_launchers_that_check_their_arguments_without_a_gpu(tmp_path: Path) -> None:
+    """The smallest kernel; `tests/kernels/test_nvcc.py` compiles them all."""
+    sources = tmp_path / "cuda"
+    sources.mkdir()
+    shutil.copy(KERNELS / "cuda/bias_relu.cu", sources)
+    headers = shutil.copytree(KERNELS / "include", tmp_path / "include")
+    recipe = Recipe(
+        toolchain=NVCC,
+        sources=sources,
+        headers=headers,
+        cache=tmp_path / "cache",
+        flags=("-arch=sm_80",),
+    )
+    library = build(recipe)
+    launcher = load_library(recipe).megachat_bias_relu
+    nothing, odd = (0, None, None, None, 0, 8, None), (0, None, None, None, 1, 7, None)
+    assert launcher(*nothing) == 0
+    assert launcher(*odd) == 1
+    (headers / "reduce.h").write_text("// changed\n", encoding="utf-8")
+    assert module._digest(recipe, "nvcc") not in library.name
+
+
+def test_without_nvcc_the_message_says_where_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KernelError, match="CUDA kernels need nvcc, and none is on the PATH: inst"):
+        build(Recipe.for_gpu("sm_90a"))
 
 
 def test_without_sources_the_message_says_where_they_were_expected(tmp_path: Path) -> None:

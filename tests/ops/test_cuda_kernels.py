@@ -108,10 +108,12 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 }
 
 
-def _copies(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> list[Any]:
-    """Arguments with memory of their own, floating ones in another dtype if asked."""
+def _copies(
+    arguments: tuple[Any, ...], dtype: torch.dtype | None = None, device: str = "cpu"
+) -> list[Any]:
+    """Arguments on a device, floating ones in another dtype if asked."""
     return [
-        argument.to(dtype if dtype is not None and argument.is_floating_point() else argument.dtype)
+        argument.to(device, dtype if dtype and argument.is_floating_point() else argument.dtype)
         if isinstance(argument, Tensor)
         else argument
         for argument in arguments
@@ -124,24 +126,41 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for part in tree for leaf in _tensors(part)] if isinstance(tree, tuple) else []
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "op", [op for op in DISPATCHED if op is not sample], ids=lambda op: op.name
-)
-def test_the_backend_computes_what_the_reference_does_in_float64(
-    op: Op, dtype: torch.dtype
-) -> None:
+def _assert_exact(op: Op, dtype: torch.dtype, device: str) -> None:
+    """Results, and what the operation writes, against the reference in float64."""
     arguments = CASES[op.name](dtype)
     exact = _copies(arguments, torch.float64)
-    expected = _tensors(op.reference(*exact))
-    found = _tensors(op.on(Backend.CUDA)(*arguments))
-    # What an operation writes is compared as well.
-    found += _tensors(arguments)
-    expected += _tensors(tuple(exact))
+    expected = _tensors(op.reference(*exact)) + _tensors(tuple(exact))
+    there = tuple(_copies(arguments, device=device))
+    found = _tensors(op.on(Backend.CUDA)(*there)) + _tensors(there)
     for mine, other in zip(found, expected, strict=True):
         assert mine.shape == other.shape
         scale = other.abs().max().clamp(min=1)
-        assert ((mine.double() - other).abs().max() / scale).item() <= op.tolerance[dtype]
+        assert ((mine.cpu().double() - other).abs().max() / scale).item() <= op.tolerance[dtype]
+
+
+NOT_SAMPLE = [op for op in DISPATCHED if op is not sample]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", NOT_SAMPLE, ids=lambda op: op.name)
+def test_the_backend_computes_what_the_reference_does_in_float64(
+    op: Op, dtype: torch.dtype
+) -> None:
+    _assert_exact(op, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", NOT_SAMPLE, ids=lambda op: op.name)
+def test_a_gpu_computes_what_the_reference_does_in_float64(
+    op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Has not run: no GPU was there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)
+    _assert_exact(op, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -99,7 +99,7 @@ inline void score_tokens(const float* query, const T* keys, const Pages& pages, 
     }
 }
 
-// scores[query][token] = query . key of `tokens` tokens of a page; the fetcher takes a step a token.
+// scores[query][token] = query . key of `tokens` tokens of a page; the fetcher steps once a token.
 template <class T, int Queries>
 inline void score_page(const float* query, const T* keys, const Pages& pages, int64_t tokens,
                        float* scores, int64_t score_stride, Fetcher<T>& fetcher) {

@@ -1,6 +1,6 @@
-// Products of few tokens: a vector holds neighbouring inputs, and its sums are added up at the end.
+// Products of few tokens: a vector holds neighbouring inputs, its sums are added up at the end.
 //
-// Every instruction reads a vector of the weight or multiplies one, for up to four tokens at a time.
+// An instruction reads a vector of the weight or multiplies one, for up to four tokens at a time.
 #pragma once
 
 #include "matrix.h"

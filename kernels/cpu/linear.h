@@ -1,10 +1,10 @@
-// Products of the tokens of a step with a large weight, which stays as training and resharding store
-// it: `[tiles][out][in / tiles]` with any strides of tiles and rows.
+// Products of the tokens of a step with a large weight, which stays as training and resharding
+// store it: `[tiles][out][in / tiles]` with any strides of tiles and rows.
 //
 // Reading the weight bounds products of few tokens, arithmetic those of many: there are two ways to
-// compute a block of the weight. Either way the inputs, which are small, are laid out by each thread
-// for itself in the order in which they will be read; a block of the weight, some rows by some
-// inputs, lies in a cache while all tokens pass over it, and the next block is on its way from memory:
+// compute a block of the weight. Either way each thread lays out the inputs, which are small, for
+// itself in the order in which they will be read; a block of the weight, some rows by some inputs,
+// lies in a cache while all tokens pass over it, and the next block is on its way from memory:
 // fetching is spread evenly over the arithmetic, so that neither waits for the other.
 #pragma once
 

@@ -5,10 +5,10 @@ namespace megachat {
 namespace {
 
 constexpr int kAtOnce = 12;  // sums: with a few weights and an input they fill 16 vector registers
-constexpr int kStep = 16;      // inputs between two rounds of fetching
+constexpr int kStep = 16;    // inputs between two rounds of fetching
 
-// Elements of some rows, each in all lanes. Three rows share a pointer, or addresses would take more
-// registers than there are.
+// Elements of some rows, each in all lanes. Three rows share a pointer, or addresses would take
+// more registers than there are.
 template <int Rows>
 class Elements {
 public:

@@ -1,4 +1,4 @@
-// Products of many tokens: a vector holds neighbouring tokens, so that nothing is added up across it.
+// Products of many tokens: a vector holds neighbouring tokens, and nothing is added up across it.
 //
 // An element of the weight is read for up to four vectors and multiplied with each of them: half an
 // instruction or less for each multiplication, where there are two vectors of tokens or more.
@@ -27,8 +27,8 @@ struct ManyTokens {
 
     static int64_t sum_floats(int64_t tokens) { return block_floats(tokens, kBlockRows); }
 
-    // Calls `work(first, count)` for the vectors of each pass. Passes are as equal as can be, so that
-    // only a single vector in all is ever alone.
+    // Calls `work(first, count)` for the vectors of each pass. Passes are as equal as can be, so
+    // that no vector is alone unless it is the only one.
     template <class Work>
     static void for_passes(int64_t tokens, const Work& work) {
         const int64_t all = vectors(tokens), passes = (all + kVectors - 1) / kVectors;
@@ -52,8 +52,9 @@ struct ManyTokens {
             const float* from = sums + vector * kBlockRows * kLanes;
             for (int64_t v = 0; v < count; ++v) {
                 const int64_t token = (vector + v) * kLanes;
-                store_vector(from + v * kLanes, count * kLanes, std::min<int64_t>(kLanes, tokens - token),
-                             first, rows, out + token * out_stride + first, out_stride, finish);
+                store_vector(from + v * kLanes, count * kLanes,
+                             std::min<int64_t>(kLanes, tokens - token), first, rows,
+                             out + token * out_stride + first, out_stride, finish);
             }
         });
     }

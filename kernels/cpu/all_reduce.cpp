@@ -11,13 +11,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace megachat {
 namespace {
 
 constexpr int64_t kLine = 64;       // bytes; a flag has one to itself
-constexpr int kSpins = 4096;        // before others may use this processor
 constexpr int kYields = 256;        // before it is left to them: whoever is missing is not close
 constexpr int64_t kNap = 50000;     // nanoseconds
 constexpr int64_t kPatience = 100;  // milliseconds until the caller hears that somebody is missing
@@ -48,9 +48,7 @@ int64_t milliseconds() {
 bool has_come(const Flag& calls, int64_t call) {
     for (int spins = 0; spins < kSpins; ++spins) {
         if (calls.load(std::memory_order_acquire) > call) return true;
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
+        pause();
     }
     for (int yields = 0; yields < kYields; ++yields) {
         if (calls.load(std::memory_order_acquire) > call) return true;

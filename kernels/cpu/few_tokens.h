@@ -120,6 +120,18 @@ private:
     }
 };
 
+// What `finish` makes of one token's sums of `rows` rows from `first` on.
+template <class T, class Finish>
+inline void store_rows(const float* sums, int64_t first, int64_t rows, T* to,
+                       const Finish& finish) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+        // The last ones once more with those before them, sooner than alone.
+        if (rows >= kLanes) row = std::min(row, rows - kLanes);
+        const int count = static_cast<int>(rows - row);
+        store_first(to + row, finish(load_first(sums + row, count), first + row, count), count);
+    }
+}
+
 // How `multiply` computes products of few tokens.
 template <class T>
 struct FewTokens {

@@ -14,6 +14,15 @@
 
 namespace megachat {
 
+constexpr int kSpins = 4096;  // of who waits, before others may use this processor
+
+// Once round a loop that waits.
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
 class Team {
 public:
     // Of `threads` that run at once; to be told before any of them meets another.
@@ -48,14 +57,6 @@ public:
     }
 
 private:
-    static constexpr int kSpins = 4096;
-
-    static void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
-    }
-
     int threads_ = 1;
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> arrived_{0};

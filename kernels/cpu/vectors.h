@@ -149,16 +149,17 @@ inline float sum(Floats x) {
 }
 
 template <int Step, int... I>
-inline Floats fold_two(Floats a, Floats b, std::integer_sequence<int, I...>) {
+inline void exchange_two(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
     const Floats first = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + (I ^ Step) : I)...});
-    const Floats last = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + I : I ^ Step)...});
-    return first + last;
+    b = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + I : I ^ Step)...});
+    a = first;
 }
 
 template <int Step>
 inline void fold(Floats* x, int count) {
     for (int i = 0; i < count; i += 2) {
-        x[i / 2] = fold_two<Step>(x[i], x[i + 1], std::make_integer_sequence<int, kLanes>{});
+        exchange_two<Step>(x[i], x[i + 1], std::make_integer_sequence<int, kLanes>{});
+        x[i / 2] = x[i] + x[i + 1];
     }
     if constexpr (Step > 1) fold<Step / 2>(x, count / 2);
 }
@@ -181,13 +182,6 @@ constexpr int lane_of_sum(int i) {
         if (i & bit) lane += kLanes / 2 / bit;
     }
     return lane;
-}
-
-template <int Step, int... I>
-inline void exchange_two(Floats& a, Floats& b, std::integer_sequence<int, I...>) {
-    const Floats first = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + (I ^ Step) : I)...});
-    b = __builtin_shuffle(a, b, Ints{(I & Step ? kLanes + I : I ^ Step)...});
-    a = first;
 }
 
 // x[i][k] to x[k][i].

@@ -281,16 +281,7 @@ def sample(
     return tokens.long() - start, scores.clone(), chosen.float(), totals.float()
 
 
-def new_draws(
-    logits: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    suppressed: Tensor,
-    stops: Tensor,
-    min_new_tokens: int,
-    first_group: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def new_draws(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Columns, scores, chosen logits and totals."""
     rows = len(logits)
     return (

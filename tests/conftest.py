@@ -3,13 +3,14 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Before DeepSpeed is imported, which asks for it then.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
 
 

@@ -18,10 +18,10 @@ from megachat.model.config import POSITION_OFFSET
 from megachat.ops import cpu_kernels, cuda_kernels
 from megachat.ops.all_reduce import GroupSum, group_sum
 from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
-from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
+from megachat.ops.epilogues import bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
-from megachat.ops.tiled_linear import tiled_linear
+from megachat.ops.tiled_linear import tiled_linear, tiled_linear_bias_relu
 
 _EPSILON = 1e-5
 
@@ -69,7 +69,7 @@ class ModelRunner:
         self._attend_decode = paged_attention_decode.on(backend)
         self._attend_prefill = paged_attention_prefill.on(backend)
         self._tiled_linear = tiled_linear.on(backend)
-        self._bias_relu = bias_relu.on(backend)
+        self._linear_bias_relu = tiled_linear_bias_relu.on(backend)
         self._add_and_norm = bias_residual_layer_norm.on(backend)
         self._graphs = None
         if recorder is not None:
@@ -153,7 +153,7 @@ class ModelRunner:
             else (layer.norm1_weight, layer.norm1_bias)
         )
         hidden, normed = self._add(attended, layer.proj_bias, hidden, norm)
-        inner = self._bias_relu(self._linear(normed, layer.fc1_weight), layer.fc1_bias)
+        inner = self._linear_bias_relu(normed, layer.fc1_weight[None], layer.fc1_bias)
         out = self._row_parallel(inner, layer.fc2_weight)
         return self._add(out, layer.fc2_bias, hidden, self._norm_after(number))
 

@@ -4,7 +4,8 @@ Every function is the CUDA kernel of the operation of its name, which documents 
 functions called `new_...` make its results. Work goes to torch's current stream, nobody waits for
 it or reads from the device, and memory comes from torch: a CUDA graph can record all of it.
 
-No GPU has run these kernels (`docs/kernels.md`). The tests run this module on their emulator.
+The tests run this module on their emulator; those marked `gpu` have run on one H200
+(`docs/measurements/gpu.md`).
 """
 
 import ctypes
@@ -26,6 +27,8 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`megachat::Format` of kernels/include/numeric.h."""
 _PACK_BYTES = 16
 """What a kernel reads at once: rows are multiples of it, and start at one."""
+_SEEN_ON = (9, 0)
+"""Compute capability of the GPU on which the kernels have been tested."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 LAUNCHERS: dict[str, tuple[type, ...]] = {
@@ -52,14 +55,14 @@ class Launchers:
         library: ctypes.CDLL,
         *,
         stream: Callable[[torch.device], int],
-        multiprocessors: Callable[[torch.device], int],
+        multiprocessors: int,
     ) -> None:
         """Declares the launchers' parameters.
 
         Args:
             library: Exports `megachat_<name>` for every name in `LAUNCHERS`.
-            stream: Handle of the stream on which torch works.
-            multiprocessors: How many of them a device has.
+            stream: Handle of the stream on which torch works on a device.
+            multiprocessors: How many of them the device has.
         """
         self._functions = {}
         for name, parameters in LAUNCHERS.items():
@@ -118,18 +121,18 @@ def launchers(device: torch.device) -> Launchers:
             f"the CUDA kernels need compute capability 8.0 (Ampere) or later, this device has "
             f'{major}.{minor}: use backend = "reference"'
         )
-    # 9.0a: what Hopper alone has. The kernels use none of it yet, but that is what is checked.
+    # 9.0a: what Hopper alone has. The kernels use none of it yet, but that is what has run.
     architecture = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    _LOG.warning(
-        "no GPU of this project's has run these kernels: compare a run with backend = "
-        '"reference" before you rely on them'
-    )
+    if (major, minor) != _SEEN_ON:
+        _LOG.warning(
+            "the CUDA kernels have run on GPUs of compute capability %d.%d, this one has %d.%d: "
+            'compare a run with backend = "reference" before you rely on them',
+            *(*_SEEN_ON, major, minor),
+        )
     return Launchers(
         load_library(Recipe.for_gpu(architecture)),
         stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
-        multiprocessors=lambda device: (
-            torch.cuda.get_device_properties(device).multi_processor_count
-        ),
+        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
     )
 
 
@@ -168,7 +171,7 @@ def paged_attention_decode(
     columns = tables.shape[1]
     splits = kernels.ask(
         "paged_attention_decode_splits",
-        rows, heads, columns, block_size, kernels.multiprocessors(query.device),
+        rows, heads, columns, block_size, kernels.multiprocessors,
     )  # fmt: skip
     workspace = _workspace(
         query, kernels.ask("paged_attention_decode_workspace", rows, heads, head_dim, splits)
@@ -200,7 +203,17 @@ def paged_attention_prefill(
 
 def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
     """A product with a weight `[tiles, out, in/tiles]`, of any strides but along a row."""
-    _check("tiled_linear", (x,))
+    return _product(x, weight, None)
+
+
+def tiled_linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same, plus a bias and through a ReLU, rounded once."""
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A ReLU follows the bias, if there is one."""
+    _check("tiled_linear", (x,) if bias is None else (x, bias))
     tiles, outputs, width = weight.shape
     if weight.stride(2) != 1 or weight.dtype != x.dtype or weight.device != x.device:
         raise KernelError(
@@ -210,19 +223,20 @@ def tiled_linear(x: Tensor, weight: Tensor) -> Tensor:
     kernels, tokens = launchers(x.device), len(x)
     splits = kernels.ask(
         "tiled_linear_splits",
-        _FORMATS[x.dtype], tokens, tiles, outputs, width, kernels.multiprocessors(x.device),
+        _FORMATS[x.dtype], tokens, tiles, outputs, width, kernels.multiprocessors,
     )  # fmt: skip
     workspace = _workspace(x, kernels.ask("tiled_linear_workspace", tokens, outputs, splits))
     out = new_product(x, weight)
     kernels.launch(
         "tiled_linear",
-        (x, weight, None, out, workspace),
-        (weight.stride(0), weight.stride(1), tokens, tiles, outputs, width, 0, splits),
+        (x, weight, bias, out, workspace),
+        (weight.stride(0), weight.stride(1), tokens, tiles, outputs, width)
+        + (int(bias is not None), splits),
     )
     return out
 
 
-def new_product(x: Tensor, weight: Tensor) -> Tensor:
+def new_product(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
     """`[tokens, out]`."""
     return x.new_empty(len(x), weight.shape[1])
 

@@ -9,13 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megachat.ops import cpu_kernels, cuda_kernels
+from megachat.ops.epilogues import bias_relu
 from megachat.ops.registry import Backend, CudaKernel, Op, register
 
 FEW_TOKENS = {torch.float32: 128, torch.bfloat16: 128}
 """Up to how many tokens the kernel that reads the weight once is the faster one on a CPU; above,
 torch's GEMM catches up. Measured with AVX2, without bf16 instructions."""
 FEW_TOKENS_CUDA = 64
-"""Up to how many tokens the CUDA kernel reads a weight once; not measured, no GPU has run it."""
+"""Up to how many tokens the CUDA kernel multiplies with several tiles; cuBLAS would need a copy of
+them as one. With one tile cuBLAS is the faster one, by 3 % for 8 tokens and up to 40 % for 64,
+measured on an H200 (docs/measurements/gpu.md)."""
+FEW_TOKENS_FUSED_CUDA = 8
+"""Up to how many tokens the CUDA kernel, which adds the bias as it goes, is as fast as cuBLAS and a
+kernel behind it."""
 WIDENED_ROWS = 4096
 """Rows of a bf16 weight that are made float32 at a time."""
 
@@ -57,15 +63,41 @@ def _on_cpu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _on_cuda(x: Tensor, weight: Tensor) -> Tensor:
-    """The kernel for few tokens, cuBLAS for many.
+    """The kernel for few tokens and several tiles, else cuBLAS.
 
     There the tiles are put together first: a copy of the weight is little beside a product of many
     tokens, and one product sums in float32 whatever the tiling.
     """
-    if len(x) <= FEW_TOKENS_CUDA:
+    if len(weight) > 1 and len(x) <= FEW_TOKENS_CUDA:
         product: Tensor = torch.ops.megachat.tiled_linear(x, weight)
         return product
     return F.linear(x, weight.transpose(0, 1).flatten(1))
+
+
+def _tiled_linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Multiplies, adds a bias and cuts off what is negative.
+
+    Args:
+        x: As `tiled_linear`.
+        weight: As `tiled_linear`.
+        bias: `[out]`.
+
+    Returns:
+        `[tokens, out]` in the dtype of `x`.
+    """
+    return bias_relu.reference(_tiled_linear(x, weight), bias)
+
+
+def _bias_relu_on_cpu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return bias_relu.on(Backend.CPU)(_on_cpu(x, weight), bias)
+
+
+def _bias_relu_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One kernel for few tokens, one after cuBLAS for many."""
+    if len(x) <= FEW_TOKENS_FUSED_CUDA:
+        out: Tensor = torch.ops.megachat.tiled_linear_bias_relu(x, weight, bias)
+        return out
+    return bias_relu.on(Backend.CUDA)(_on_cuda(x, weight), bias)
 
 
 tiled_linear = register(
@@ -79,3 +111,15 @@ tiled_linear = register(
     )
 )
 """A row-parallel product over the tiles of one generation shard."""
+
+tiled_linear_bias_relu = register(
+    Op(
+        name="tiled_linear_bias_relu",
+        schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+        reference=_tiled_linear_bias_relu,
+        tolerance=tiled_linear.tolerance,
+        backends={Backend.CPU: _bias_relu_on_cpu, Backend.CUDA: _bias_relu_on_cuda},
+        cuda=CudaKernel(launch=cuda_kernels.tiled_linear_bias_relu, fake=cuda_kernels.new_product),
+    )
+)
+"""The first product of a feed-forward block and what follows it."""

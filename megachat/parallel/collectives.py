@@ -170,4 +170,6 @@ def _are_neighbours(slots: Sequence[Tensor]) -> bool:
 
 def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Waits until every rank of the group (None: of the world) has arrived."""
-    dist.barrier(group=group)
+    # NCCL's barrier is a sum on some device; before the first other sum it would guess which.
+    is_nccl = dist.get_backend(group) == "nccl"
+    dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if is_nccl else None)

@@ -118,11 +118,10 @@ def test_steps_of_cuda_kernels_are_recorded_and_replayed() -> None:
     assert names == {
         f"megachat.{name}.default"
         for name in (
-            "bias_relu",
             "bias_residual_layer_norm",
             "kv_append",
             "paged_attention_decode",
-            "tiled_linear",
+            "tiled_linear_bias_relu",
         )
     }
 

@@ -3,7 +3,8 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks are CPU ranks, on machines with a GPU too
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import warnings
 

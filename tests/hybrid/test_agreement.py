@@ -7,35 +7,32 @@ CPU kernels, and the CUDA kernels on their emulator, answer with the tokens of p
 """
 
 import contextlib
-import functools
-import math
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from megachat.generation.config import GenerationConfig, SamplingConfig
-from megachat.generation.kv_cache import block_bytes
-from megachat.generation.session import SessionStatistics
-from megachat.hybrid.engine import HybridEngine, HybridSettings
-from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
-from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
-from megachat.records import PromptBatch, Rollout
-from megachat.rlhf.scoring import ResponseLogprobs
-from megachat.training.schedules import OptimizerConfig
 from tests.harness import run_ranks
+from tests.hybrid.tasks import (
+    FP32_GAP,
+    MOST_REPLICAS,
+    OF_A_GPU,
+    SAMPLES,
+    SMALL,
+    Case,
+    Outcome,
+    Task,
+    answers_of,
+    bf16_deviation,
+    build,
+    few_blocks,
+    outcome_of,
+    prompts_of,
+    reference_of,
+)
 from tests.kernels.emulated import emulated_cuda
 
-PRE_LN = OptConfig(
-    vocab_size=150, max_positions=24, hidden=32, ffn=64, layers=2, heads=4, embed_dim=32,
-    init_std=0.2,
-)  # fmt: skip
-POST_LN = replace(PRE_LN, embed_dim=16, layer_norm_first=False)
-SINGLE = (ParallelLayout(), 1)
 PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
     2: ((ParallelLayout(tensor=2), 1), (ParallelLayout(tensor=2), 2)),
     4: (
@@ -51,130 +48,7 @@ PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
         (ParallelLayout(tensor=4, data=2), 2),
     ),
 }
-NEW_TOKENS, SAMPLES, MOST_REPLICAS = 8, 2, 8
-LARGE = 1000
-"""Blocks of a cache that holds everything."""
-STOPS = (2, *range(120, 130))
-"""A fourteenth of the vocabulary, so that some responses end early."""
-FP32_GAP = 1e-5
-BF16_ROUNDING = 2.0**-9
-"""Largest relative error of rounding to bf16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """Models and prompts."""
-
-    configs: tuple[OptConfig, ...]
-    block_size: int
-    ragged: tuple[int, ...]
-    """Lengths of the prompts that are all different."""
-    equal: int
-    """Length of those that are all one."""
-    smallest: int
-    """Blocks that the longest prompt and its answer fill."""
-    blocks_each: int
-    """For every sequence, in a cache with little memory: too few for all at once."""
-
-
-SMALL = Task(
-    configs=(PRE_LN, POST_LN),
-    block_size=2,
-    ragged=(3, 12, 1, 6, 11),
-    equal=9,
-    smallest=10,
-    blocks_each=3,
-)
-OF_A_GPU = Task(
-    configs=tuple(
-        replace(config, hidden=128, heads=2, max_positions=48, embed_dim=embed_dim, init_std=0.1)
-        for config, embed_dim in ((PRE_LN, 128), (POST_LN, 32))
-    ),
-    block_size=16,
-    ragged=(14, 38, 1, 30, 15),
-    equal=31,
-    smallest=3,
-    blocks_each=1,
-)
-"""Heads and blocks of sizes for which there are CUDA kernels; with weights that are smaller by the
-root of how much wider they are, so that logits are as large and roundings of them as small."""
 TASKS = {Backend.REFERENCE: SMALL, Backend.CPU: SMALL, Backend.CUDA: OF_A_GPU}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One generation phase, and what the training layout makes of its tokens."""
-
-    rollout: Rollout
-    gaps: Tensor
-    """[tokens], absolute differences of the log-probs of all response tokens."""
-    statistics: SessionStatistics | None
-    """Of this rank's share."""
-    largest_logit: float = 0.0
-    """Of the single rank alone."""
-
-
-def _prompts(task: Task, replicas: int) -> PromptBatch:
-    """Ragged prompts, and equal ones so many that some replica is dealt two of them."""
-    ragged = task.ragged
-    lengths = torch.tensor([*ragged, *[task.equal] * (replicas + 1)])
-    generator = torch.Generator().manual_seed(0)
-    shape = len(ragged) + MOST_REPLICAS + 1, max(ragged)
-    tokens = torch.randint(3, 150, shape, generator=generator)[: len(lengths)]
-    tokens[len(ragged) :] = tokens[len(ragged)]
-    return PromptBatch(tokens=tokens, lengths=lengths, ids=torch.arange(len(lengths)) + 40)
-
-
-def _build(
-    task: Task,
-    case: "Case",
-    *,
-    num_blocks: int,
-    backend: Backend = Backend.REFERENCE,
-) -> HybridEngine:
-    number, (layout, degree), dtype = case
-    config = task.configs[number]
-    model = OptModel(
-        config,
-        groups=ProcessGroups.create(layout),
-        head=Head.LANGUAGE_MODEL,
-        options=ModelOptions(dtype=dtype, vocab_multiple=vocab_multiple_for(layout.tensor, degree)),
-        seed=3,
-    )
-    size = block_bytes(config, tensor=degree, block_size=task.block_size, dtype=dtype)
-    settings = HybridSettings(
-        generation_tensor=degree,
-        micro_batch_rows=8,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        total_steps=1,
-        seed=0,
-        generation=GenerationConfig(
-            kv_cache_gb=(num_blocks + 0.5) * size / 1e9,
-            block_size=task.block_size,
-            max_sequences=32,
-            backend=backend,
-        ),
-    )
-    return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
-
-
-def _outcome(hybrid: HybridEngine, prompts: PromptBatch) -> Outcome:
-    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS)
-    with hybrid.generation() as generator:
-        rollout = generator.generate(prompts, sampling=sampling, seed=5, num_samples=SAMPLES)
-        statistics = generator.statistics
-    score = ResponseLogprobs(
-        response_len=rollout.logprobs.shape[1],
-        temperature=1.0,
-        group=hybrid.training.groups.tensor,
-        vocab_start=hybrid.training.vocab_start,
-    )
-    gaps = (hybrid.training.score(rollout, score) - rollout.logprobs).abs()
-    return Outcome(rollout=rollout, gaps=gaps[rollout.response_mask], statistics=statistics)
-
-
-Case = tuple[int, tuple[ParallelLayout, int], torch.dtype]
-"""Architecture, pair of layouts, dtype."""
 
 
 def _cases(world_size: int) -> list[Case]:
@@ -193,47 +67,10 @@ def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:
         for case in _cases(world_size):
             layout, degree = case[1]
             replicas = layout.world_size // degree
-            prompts = _prompts(task, replicas)
-            sequences = SAMPLES * prompts.num_rows // replicas
-            few = max(task.smallest, task.blocks_each * sequences)
-            outcomes.append(_outcome(_build(task, case, num_blocks=few, backend=backend), prompts))
+            prompts = prompts_of(task, replicas)
+            few = few_blocks(task, prompts, replicas)
+            outcomes.append(outcome_of(build(task, case, num_blocks=few, backend=backend), prompts))
     return outcomes
-
-
-@torch.no_grad()
-def _single(task: Task) -> list[Outcome]:
-    """Both architectures in fp32 on one rank, all prompts at once in a cache that holds them."""
-    outcomes = []
-    for number, config in enumerate(task.configs):
-        hybrid = _build(task, (number, SINGLE, torch.float32), num_blocks=LARGE)
-        outcome = _outcome(hybrid, _prompts(task, MOST_REPLICAS))
-        logits = hybrid.training.model.eval()(outcome.rollout.tokens)[..., : config.vocab_size]
-        outcomes.append(replace(outcome, largest_logit=logits.abs().max().item()))
-    return outcomes
-
-
-@functools.cache
-def _reference(task: Task) -> list[Outcome]:
-    """What one rank makes of a task with plain torch, by architecture."""
-    outcomes: list[Outcome] = run_ranks(1, _single, task)[0]
-    return outcomes
-
-
-def _answers(rollout: Rollout) -> list[list[int]]:
-    ends = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths, strict=True)
-    return [row[start:end].tolist() for row, start, end in ends]
-
-
-def _bf16_deviation(config: OptConfig, largest_logit: float) -> float:
-    """Standard deviation of the difference of two bf16 evaluations of one log-prob, from above.
-
-    A layer rounds nine times (two norms, query-key-value, attention, projection, two products of
-    the MLP, the residual stream twice), the head twice. A rounding is uniform within a relative
-    2^-9, of standard deviation 2^-9 / sqrt(3); independent ones add in squares, and move a logit by
-    that share of the largest one. Two paths, and a logit against its normaliser: twice sqrt(2).
-    """
-    roundings = 9 * config.layers + 2
-    return 2 * largest_logit * BF16_ROUNDING / math.sqrt(3) * math.sqrt(roundings)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +85,11 @@ def _bf16_deviation(config: OptConfig, largest_logit: float) -> float:
 def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
     world_size: int, backend: Backend
 ) -> None:
-    single, configs = _reference(TASKS[backend]), TASKS[backend].configs
+    single, configs = reference_of(TASKS[backend]), TASKS[backend].configs
     ranks = run_ranks(world_size, _outcomes, world_size, backend)
     for (number, pair, dtype), *outcomes in zip(_cases(world_size), *ranks, strict=True):
         reference, title = single[number], (configs[number].layer_norm_first, dtype, pair)
-        deviation = _bf16_deviation(configs[number], reference.largest_logit)
+        deviation = bf16_deviation(configs[number], reference.largest_logit)
         assert sum(o.statistics.preemptions for o in outcomes if o.statistics) > 0, title
         for outcome in outcomes:
             largest, mean = outcome.gaps.max().item(), outcome.gaps.mean().item()
@@ -261,15 +98,15 @@ def test_paged_decode_says_what_training_recomputes_for_every_pair_of_layouts(
                 continue
             assert largest <= FP32_GAP, title
             rows = outcome.rollout.num_rows
-            assert _answers(outcome.rollout) == _answers(reference.rollout)[:rows], title
+            assert answers_of(outcome.rollout) == answers_of(reference.rollout)[:rows], title
 
 
 @pytest.mark.parametrize("task", [SMALL, OF_A_GPU], ids=["small", "of a GPU"])
 def test_the_cases_are_ragged_shared_and_end_early(task: Task) -> None:
     """What the reference run shows of the prompts that the layouts answer."""
-    lengths = _prompts(task, MOST_REPLICAS).lengths
+    lengths = prompts_of(task, MOST_REPLICAS).lengths
     shared = MOST_REPLICAS * ((task.equal - 1) // task.block_size * task.block_size)
-    for outcome in _reference(task):
+    for outcome in reference_of(task):
         statistics, rollout = outcome.statistics, outcome.rollout
         assert statistics is not None and statistics.preemptions == 0
         assert statistics.prefill_tokens == int(lengths.sum()) - shared
@@ -277,5 +114,5 @@ def test_the_cases_are_ragged_shared_and_end_early(task: Task) -> None:
         few = rollout.select(torch.arange(SAMPLES * (len(task.ragged) + 2)))  # of a single replica
         assert {True, False} == set(few.finished.tolist())
         assert len(few.response_lengths.unique()) >= 4
-        answers = _answers(few)
+        answers = answers_of(few)
         assert all(a != b for a, b in zip(answers[::2], answers[1::2], strict=True))

@@ -45,7 +45,7 @@ def emulated_cuda(order: Order | None = None) -> Iterator[None]:
     launchers = cuda_kernels.Launchers(
         EmulatedLibrary(order),  # type: ignore[arg-type]
         stream=lambda device: 0,
-        multiprocessors=lambda device: MULTIPROCESSORS,
+        multiprocessors=MULTIPROCESSORS,
     )
     dispatched = torch.library.Library("megachat", "IMPL")
     for op in registered_ops().values():

@@ -7,6 +7,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,12 @@ from megachat.ops import cuda_kernels
 from megachat.ops.build import Recipe
 from megachat.ops.registry import Backend, Op, registered_ops
 from megachat.ops.sample import DrawRules, sample
-from megachat.ops.tiled_linear import FEW_TOKENS_CUDA, tiled_linear
+from megachat.ops.tiled_linear import (
+    FEW_TOKENS_CUDA,
+    FEW_TOKENS_FUSED_CUDA,
+    tiled_linear,
+    tiled_linear_bias_relu,
+)
 from tests.kernels.build import KERNELS
 from tests.kernels.emulated import EmulatedLibrary, emulated_cuda
 from tests.ops.pages import make_pages
@@ -75,6 +81,11 @@ def _linear(dtype: torch.dtype) -> tuple[Any, ...]:
     return _random(11, 4096, dtype=dtype), wide[..., 8:2056]
 
 
+def _linear_relu(dtype: torch.dtype) -> tuple[Any, ...]:
+    x, weight = _linear(dtype)
+    return x, weight, 30 * _random(72, dtype=dtype)
+
+
 def _relu(dtype: torch.dtype) -> tuple[Any, ...]:
     return _random(3, 264, dtype=dtype), _random(264, dtype=dtype)
 
@@ -105,6 +116,7 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "paged_attention_prefill": _prefill,
     "sample": _sample,
     "tiled_linear": _linear,
+    "tiled_linear_bias_relu": _linear_relu,
 }
 
 
@@ -156,7 +168,6 @@ def test_the_backend_computes_what_the_reference_does_in_float64(
 def test_a_gpu_computes_what_the_reference_does_in_float64(
     op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Has not run: no GPU was there."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)
@@ -214,12 +225,17 @@ def test_many_tokens_go_to_a_large_product_that_ignores_the_tiling() -> None:
         _random(FEW_TOKENS_CUDA + 1, 64, dtype=torch.bfloat16),
         _random(4, 24, 16, dtype=torch.bfloat16),
     )
-    op = tiled_linear.on(Backend.CUDA)
+    op, with_relu = tiled_linear.on(Backend.CUDA), tiled_linear_bias_relu.on(Backend.CUDA)
     whole = weight.transpose(0, 1).reshape(1, 24, 64)
+    bias = torch.ones(24, dtype=torch.bfloat16)
     assert torch.equal(op(x, weight), op(x, whole))
+    tolerance = tiled_linear.tolerance[torch.bfloat16]
     few = op(x[:FEW_TOKENS_CUDA], weight)
     error = (op(x, weight)[:FEW_TOKENS_CUDA] - few).abs().max() / few.abs().max()
-    assert error <= tiled_linear.tolerance[torch.bfloat16]
+    assert error <= tolerance
+    few = with_relu(x[:FEW_TOKENS_FUSED_CUDA], whole, bias)
+    error = (with_relu(x, whole, bias)[:FEW_TOKENS_FUSED_CUDA] - few).abs().max()
+    assert error / few.abs().max() <= 2 * tolerance  # the two together round twice
 
 
 def test_what_a_kernel_would_misread_is_refused() -> None:
@@ -236,7 +252,7 @@ def test_what_a_kernel_would_misread_is_refused() -> None:
     with pytest.raises(KernelError, match="starts between two such packs"):
         relu(x, torch.zeros(68)[1:65])
     with pytest.raises(KernelError, match="rows must be contiguous"):
-        tiled_linear.on(Backend.CUDA)(x, torch.zeros(1, 64, 8).transpose(1, 2))
+        tiled_linear.on(Backend.CUDA)(x, torch.zeros(2, 32, 8).transpose(1, 2))
     with pytest.raises(KernelError, match="contiguous rows"):
         sample.on(Backend.CUDA)(torch.zeros(64, 4).t(), *_sample(torch.float32)[1:])
 
@@ -265,7 +281,7 @@ def test_without_a_gpu_or_with_an_old_one_the_message_says_what_to_use(
 @pytest.mark.parametrize(
     ("capability", "architecture"), [((8, 0), "sm_80"), ((9, 0), "sm_90a"), ((10, 0), "sm_100")]
 )
-def test_the_kernels_are_built_for_the_device_and_a_warning_says_that_no_gpu_has_run_them(
+def test_the_kernels_are_built_for_the_device_and_a_warning_names_one_that_has_not_run_them(
     capability: tuple[int, int],
     architecture: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -278,11 +294,16 @@ def test_the_kernels_are_built_for_the_device_and_a_warning_says_that_no_gpu_has
         return EmulatedLibrary()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132)
+    )
     monkeypatch.setattr(cuda_kernels, "load_library", load)
-    OF_A_DEVICE.__wrapped__(torch.device("cuda", 0))
+    with FakeTensorMode():
+        OF_A_DEVICE.__wrapped__(torch.device("cuda", 0))
     assert [recipe.flags for recipe in recipes] == [(f"-arch={architecture}",)]
     assert list(recipes[0].sources.glob("*.cu")) and recipes[0].toolchain.compiler == "nvcc"
-    assert "no GPU of this project's has run" in caplog.text
+    warned = f"compute capability 9.0, this one has {'.'.join(map(str, capability))}"
+    assert (warned in caplog.text) is (capability != (9, 0))
 
 
 def _declared(source: Path) -> dict[str, tuple[type, ...]]:

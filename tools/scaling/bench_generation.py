@@ -1,7 +1,8 @@
-"""Times generation on this machine's CPU beside the limits of its memory and of its arithmetic.
+"""Times generation beside the limits of the machine's memory and of its arithmetic.
 
     python tools/scaling/bench_generation.py --model facebook/opt-125m --random-weights \
-        --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--tensor 2] [--json]
+        --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--tensor 2] \
+        [--device cuda] [--json]
     python tools/scaling/bench_generation.py --weights HF_FOLDER ...
 
 Every engine has the same weights and prompts and answers greedily, without stopping early. Engines
@@ -77,6 +78,7 @@ class Settings(ConfigModel):
         "the next prompt in the place of an answer that ended.",
     )
     dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$", description="bf16 or fp32.")
+    device: str = Field(default="cpu", pattern="^(cpu|cuda)$", description="cpu or cuda.")
     threads: int = Field(default_factory=num_cores, ge=1, description="Of the CPU.")
     block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
     repeats: int = Field(default=3, ge=1, description="Measured runs of each engine.")
@@ -87,6 +89,11 @@ class Settings(ConfigModel):
     tensor: int = Field(
         default=1, ge=1, description="Also cut the model over so many processes, threads shared."
     )
+
+    @property
+    def backend(self) -> Backend:
+        """This project's kernels for the device."""
+        return Backend.CPU if self.device == "cpu" else Backend.CUDA
 
     @property
     def over_ranks(self) -> str:
@@ -197,14 +204,16 @@ def megachat_engine(
     return run
 
 
-def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) -> Run:
+def transformers_engine(
+    folder: Path, prompts: PromptBatch, settings: Settings, *, device: torch.device
+) -> Run:
     """HuggingFace's generation of the same weights; how long a prompt takes is timed apart."""
     library: Any = importlib.import_module("transformers")
     dtype = DTYPES[settings.dtype]
-    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     clock = CLOCKS[settings.clock]
     stops = torch.tensor(settings.stop_ids, dtype=torch.int64)
-    batches = prompts.tokens.chunk(settings.waves)
+    batches = prompts.tokens.to(device).chunk(settings.waves)
     ending: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
     if settings.mean:
         ending = {"do_sample": True, "top_k": 0, "eos_token_id": stops.tolist()}
@@ -219,7 +228,7 @@ def transformers_engine(folder: Path, prompts: PromptBatch, settings: Settings) 
             pad_token_id=model.config.pad_token_id,
             **ending,
         )[:, settings.prompt :]
-        tokens = F.pad(tokens, (0, new - tokens.shape[1]), value=NO_TOKEN)
+        tokens = F.pad(tokens.cpu(), (0, new - tokens.shape[1]), value=NO_TOKEN)
         ended = torch.isin(tokens, stops).long()
         return tokens.masked_fill(ended.cumsum(dim=1) > ended, NO_TOKEN)
 
@@ -245,13 +254,15 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     if "transformers" in settings.peer:
         save_huggingface(model, folder)
     if worker.rank == 0:
-        engines = _engines(model, prompts, settings, folder=folder)
+        engines = _engines(model, prompts, settings, folder=folder, device=worker.device)
     if settings.tensor > 1:
         cut = _model(ParallelLayout(tensor=settings.tensor), settings)
-        engines[settings.over_ranks] = megachat_engine(cut, prompts, settings, backend=Backend.CPU)
-    timings, answers, best = _take_turns(engines, settings, is_measuring=worker.rank == 0)
+        engines[settings.over_ranks] = megachat_engine(
+            cut, prompts, settings, backend=settings.backend
+        )
+    timings, answers, best = _take_turns(engines, settings, worker)
     if worker.rank == 0:
-        summary = _summary(timings, answers, best, settings)
+        summary = _summary(timings, answers, best, settings) | machine_state(worker.device)
         Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
 
@@ -273,26 +284,31 @@ def _model(layout: ParallelLayout, settings: Settings) -> OptModel:
 
 
 def _engines(
-    model: OptModel, prompts: PromptBatch, settings: Settings, *, folder: Path
+    model: OptModel,
+    prompts: PromptBatch,
+    settings: Settings,
+    *,
+    folder: Path,
+    device: torch.device,
 ) -> dict[str, Run]:
     """Those of one process."""
-    engines = {OURS: megachat_engine(model, prompts, settings, backend=Backend.CPU)}
+    engines = {OURS: megachat_engine(model, prompts, settings, backend=settings.backend)}
     if "reference" in settings.peer:
         engines["reference"] = megachat_engine(model, prompts, settings, backend=Backend.REFERENCE)
     if "transformers" in settings.peer:
-        engines["transformers"] = transformers_engine(folder, prompts, settings)
+        engines["transformers"] = transformers_engine(folder, prompts, settings, device=device)
     return engines
 
 
 def _take_turns(
-    engines: dict[str, Run], settings: Settings, *, is_measuring: bool
+    engines: dict[str, Run], settings: Settings, worker: Worker
 ) -> tuple[dict[str, list[Timing]], dict[str, Tensor], Ceilings]:
     """Runs all engines again and again; a collective call.
 
     Args:
         engines: Those that this rank takes part in.
         settings: What is measured.
-        is_measuring: Whether it also measures the machine's limits, in which the others wait.
+        worker: This rank; the first one also measures the machine's limits, while others wait.
 
     Returns:
         Timings and answers of this rank's engines, and the limits.
@@ -311,8 +327,12 @@ def _take_turns(
                 timings[name] += [timing] if repeat else []  # the first run warms up
         torch.set_num_threads(settings.threads)
         barrier()
-        if is_measuring:
-            ceilings.append(measure_ceilings(DTYPES[settings.dtype], clock=CLOCKS[settings.clock]))
+        if worker.rank == 0:
+            ceilings.append(
+                measure_ceilings(
+                    DTYPES[settings.dtype], device=worker.device, clock=CLOCKS[settings.clock]
+                )
+            )
     return timings, answers, Ceilings.best_of(ceilings)
 
 
@@ -339,7 +359,6 @@ def _summary(
         },
         "step_bytes": minimal_step_bytes(settings),
         "settings": settings.model_dump(mode="json"),
-        **machine_state(),
     }
 
 
@@ -385,7 +404,7 @@ def show(summary: dict[str, Any]) -> str:
             f"{row['engine']:14}{row['tokens_per_second']:10.1f}{spread:>22}"
             f"{row['mean_tokens']:8.1f}"
             f"{_shown(row['prefill_seconds'], '.3f'):>11}"
-            f"{_shown(row['decode_ms_per_step'], '.1f'):>9}"
+            f"{_shown(row['decode_ms_per_step'], '.2f'):>9}"
             f"{_shown(row['bandwidth_share'], '.0%'):>11}"
             f"{_shown(same.get(row['engine']), '.1%'):>13}"
         )
@@ -407,11 +426,17 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("give either --random-weights or --weights HF_FOLDER")
     if not set(settings.peer) <= set(PEERS):
         raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
-    return run_benchmark(run_rank, settings, processes=settings.tensor, threads=settings.threads)
+    return run_benchmark(
+        run_rank,
+        settings,
+        processes=settings.tensor,
+        threads=settings.threads,
+        device=settings.device,
+    )
 
 
 def main(*, as_json: bool, **options: Any) -> None:
-    """Times generation on the CPU."""
+    """Times generation."""
     report(lambda: measure(options), show, as_json=as_json)
 
 

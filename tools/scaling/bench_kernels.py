@@ -1,10 +1,12 @@
-"""Times the CPU kernels beside what the machine can do, and checks the cost model of a decode step.
+"""Times the kernels beside what the machine can do, and checks the cost model of a decode step.
 
     python tools/scaling/bench_kernels.py --model facebook/opt-125m --dtype bf16 [--json]
+    python tools/scaling/bench_kernels.py --model facebook/opt-6.7b --device cuda
 
 First each operation at the sizes that the model's decode step gives it, reading other weights each
-time, as a step does. Then whole steps over batches and contexts, beside what `decode_cost` says.
-The ceilings, reading memory and multiplying and adding in registers, are measured in between.
+time, as a step does; on a GPU as a CUDA graph replays it, without the cost of launches. On a CPU
+then whole steps over batches and contexts, beside what `decode_cost` says. The ceilings, reading
+memory and multiplying and adding in registers or matrix units, are measured in between.
 """
 
 import ctypes
@@ -18,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark import DTYPES, machine_state, report, run_benchmark
+from benchmark import CPU, DTYPES, machine_state, measure_ceilings, report, run_benchmark
 from pydantic import Field
 from torch import Tensor
 
@@ -50,6 +52,12 @@ class Settings(ConfigModel):
     threads: int = Field(ge=1)
     repeats: int = Field(ge=1)
     block_size: int = 16
+    device: str = Field(default="cpu", pattern="^(cpu|cuda)$")
+
+    @property
+    def backend(self) -> Backend:
+        """Whose kernels are timed."""
+        return Backend.CPU if self.device == "cpu" else Backend.CUDA
 
     @property
     def config(self) -> OptConfig:
@@ -110,13 +118,18 @@ def ceilings(threads: int) -> Limits:
 
 
 def random_model(
-    config: OptConfig, dtype: torch.dtype, *, blocks: int, block_size: int
+    config: OptConfig,
+    dtype: torch.dtype,
+    *,
+    blocks: int,
+    block_size: int,
+    device: torch.device = CPU,
 ) -> DecodeModel:
     """Weights and a cache for decode steps on one rank."""
     hidden, ffn = config.hidden, config.ffn
 
     def weight(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype).uniform_(-0.05, 0.05)
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-0.05, 0.05)
 
     def layer() -> DecodeLayer:
         page = (blocks, block_size, config.heads, config.head_dim)
@@ -155,19 +168,19 @@ def random_model(
     )
 
 
-def op_calls(model: DecodeModel, *, batch: int, context: int) -> Iterator[_Call]:
+def op_calls(model: DecodeModel, *, batch: int, context: int, backend: Backend) -> Iterator[_Call]:
     """The operations of a step, each over all layers in turn."""
-    yield from _products(model, batch)
-    yield from _attention(model, batch, context)
-    yield from _elementwise(model, batch)
+    yield from _products(model, batch, backend)
+    yield from _attention(model, batch, context, backend)
+    yield from _elementwise(model, batch, backend)
 
 
 def _inputs(model: DecodeModel, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.words.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.words)
 
 
-def _products(model: DecodeModel, batch: int) -> Iterator[_Call]:
-    layers, multiply = model.layers, tiled_linear.on(Backend.CPU)
+def _products(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_Call]:
+    layers, multiply = model.layers, tiled_linear.on(backend)
     for op, weights in (
         ("tiled_linear qkv", [layer.qkv_weight[None] for layer in layers]),
         ("tiled_linear proj", [layer.proj_weight for layer in layers]),
@@ -190,9 +203,9 @@ def _products(model: DecodeModel, batch: int) -> Iterator[_Call]:
         )
 
 
-def _attention(model: DecodeModel, batch: int, context: int) -> Iterator[_Call]:
+def _attention(model: DecodeModel, batch: int, context: int, backend: Backend) -> Iterator[_Call]:
     layers, size = model.layers, model.words.element_size()
-    attend, append = paged_attention_decode.on(Backend.CPU), kv_append.on(Backend.CPU)
+    attend, append = paged_attention_decode.on(backend), kv_append.on(backend)
     tables, lengths, slots = _rows_of(layers[0].keys, batch=batch, context=context)
     heads, head_dim = layers[0].keys.shape[2:]
     width = heads * head_dim
@@ -216,13 +229,14 @@ def _attention(model: DecodeModel, batch: int, context: int) -> Iterator[_Call]:
     yield _Call(op="kv_append", batch=batch, run=run_append, num_bytes=qkv.nbytes, flops=0)
 
 
-def _elementwise(model: DecodeModel, batch: int) -> Iterator[_Call]:
+def _elementwise(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_Call]:
     layers, hidden = model.layers, model.positions.shape[1]
-    relu, norm = bias_relu.on(Backend.CPU), bias_residual_layer_norm.on(Backend.CPU)
-    draw = sample.on(Backend.CPU)
+    relu, norm = bias_relu.on(backend), bias_residual_layer_norm.on(backend)
+    draw = sample.on(backend)
     x, inner = _inputs(model, batch, hidden), _inputs(model, batch, len(layers[0].fc1_bias))
     logits = _inputs(model, batch, len(model.words))
-    rows, nothing = torch.arange(batch), torch.tensor([], dtype=torch.int64)
+    rows = torch.arange(batch, device=logits.device)
+    nothing = rows[:0]
     rules = DrawRules(
         temperature=1.0, suppressed=nothing, stops=nothing, min_new_tokens=1, first_group=0
     )
@@ -252,7 +266,8 @@ def _rows_of(keys: Tensor, *, batch: int, context: int) -> tuple[Tensor, Tensor,
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     tables = order[: batch * columns].view(batch, columns).int()
     slots = tables[:, -1].long() * block_size + (context - 1) % block_size
-    return tables, torch.full((batch,), context), slots
+    lengths = torch.full((batch,), context)
+    return tables.to(keys.device), lengths.to(keys.device), slots.to(keys.device)
 
 
 def _seconds(run: Callable[[int], object], *, repeats: int, calls: int) -> float:
@@ -268,13 +283,36 @@ def _seconds(run: Callable[[int], object], *, repeats: int, calls: int) -> float
     return statistics.median(found)
 
 
+def _seconds_of_graph(run: Callable[[int], object], *, repeats: int, calls: int) -> float:
+    """The same for a GPU: the calls are recorded, and replays of the recording are timed there."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        run(0)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(calls):
+            run(turn)
+    graph.replay()
+    found: list[float] = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3 / calls)
+    return statistics.median(found)
+
+
 def measure_ops(model: DecodeModel, settings: Settings) -> list[OpRow]:
     """All operations at all batches, at the middle context."""
     context = sorted(settings.context)[len(settings.context) // 2]
+    clock = _seconds if settings.device == "cpu" else _seconds_of_graph
     rows = []
     for batch in settings.batch:
-        for call in op_calls(model, batch=batch, context=context):
-            spent = _seconds(call.run, repeats=settings.repeats, calls=2 * len(model.layers))
+        for call in op_calls(model, batch=batch, context=context, backend=settings.backend):
+            spent = clock(call.run, repeats=settings.repeats, calls=2 * len(model.layers))
             rows.append(
                 OpRow(
                     op=call.op,
@@ -331,21 +369,35 @@ def measure_steps(model: DecodeModel, settings: Settings) -> tuple[list[StepRow]
     return rows, best
 
 
+def _steps_and_limits(
+    model: DecodeModel, settings: Settings, device: torch.device
+) -> tuple[list[StepRow], Limits]:
+    """Steps are those of the fused operation of the CPU."""
+    if device.type == "cpu":
+        return measure_steps(model, settings)
+    best = measure_ceilings(DTYPES[settings.dtype], device=device, tries=settings.repeats)
+    return [], Limits(read=best.read_gb_s * 1e9, multiply_add=best.gemm_tflop_s * 1e12)
+
+
 def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     """Measures, and writes the results."""
     torch.set_num_threads(settings.threads)
     blocks = max(settings.batch) * -(-max(settings.context) // settings.block_size)
     model = random_model(
-        settings.config, DTYPES[settings.dtype], blocks=blocks, block_size=settings.block_size
+        settings.config,
+        DTYPES[settings.dtype],
+        blocks=blocks,
+        block_size=settings.block_size,
+        device=worker.device,
     )
     ops = measure_ops(model, settings)
-    steps, best = measure_steps(model, settings)
+    steps, best = _steps_and_limits(model, settings, worker.device)
     summary = {
         "ceilings": {"read_gb_s": best.read / 1e9, "fma_gflop_s": best.multiply_add / 1e9},
         "ops": [asdict(row) for row in ops],
         "steps": [asdict(row) for row in steps],
         "settings": settings.model_dump(mode="json"),
-        **machine_state(),
+        **machine_state(worker.device),
     }
     Path(output).write_text(json.dumps(summary), encoding="utf-8")
 
@@ -365,6 +417,8 @@ def show(summary: dict[str, Any]) -> str:
         f"{row['gb_s'] / read:6.0%}{row['gflop_s']:9.1f}{row['gflop_s'] / fma:6.0%}"
         for row in summary["ops"]
     ]
+    if not summary["steps"]:
+        return "\n".join(lines)
     lines.append(f"{'step: context':30}{'batch':>6}{'ms':>10}{'GB/s':>8}{'':>6}{'GFLOP/s':>9}")
     lines += [
         f"{row['context']:<30}{row['batch']:6}{row['milliseconds']:10.2f}{row['gb_s']:8.2f}"
@@ -382,7 +436,7 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
         MegachatError: An option is wrong, the model is unknown, or the kernels cannot be built.
     """
     settings = build_config(Settings, values, source="the command line")
-    return run_benchmark(run_rank, settings, threads=settings.threads)
+    return run_benchmark(run_rank, settings, threads=settings.threads, device=settings.device)
 
 
 def main(
@@ -392,9 +446,10 @@ def main(
     context: Annotated[str, typer.Option(help="Tokens, with commas.")] = "16,160,1024",
     threads: Annotated[int, typer.Option(help="Of the CPU; 0 takes all cores.")] = 0,
     repeats: Annotated[int, typer.Option(help="Of each measurement.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Prints JSON.")] = False,
 ) -> None:
-    """Times the CPU kernels and whole decode steps."""
+    """Times kernels and, on a CPU, whole decode steps."""
     values = {
         "model": model,
         "dtype": dtype,
@@ -402,6 +457,7 @@ def main(
         "context": tuple(context.split(",")),
         "threads": threads or num_cores(),
         "repeats": repeats,
+        "device": device,
     }
     report(lambda: measure(values), show, as_json=as_json)
 

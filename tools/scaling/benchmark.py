@@ -22,9 +22,10 @@ from megachat.records import PromptBatch
 from megachat.telemetry.machine import CPU_INFO, processor_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-READ_BYTES = 1 << 28
-"""Of the buffer that is read: much more than any cache holds."""
-_GEMM_SIZE = 1024
+CPU = torch.device("cpu")
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
+"""Of the buffer that is read, by kind of device: much more than any cache holds."""
+_GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,24 +46,37 @@ class Ceilings:
 
 
 def measure_ceilings(
-    dtype: torch.dtype, *, clock: Callable[[], float] = time.perf_counter, tries: int = 1
+    dtype: torch.dtype,
+    *,
+    device: torch.device = CPU,
+    clock: Callable[[], float] = time.perf_counter,
+    tries: int = 1,
 ) -> Ceilings:
     """The best of some tries at both limits, with torch's present number of threads."""
-    buffer = torch.ones(READ_BYTES // 4)
-    left, right = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    num_bytes, size = READ_BYTES[device.type], _GEMM_SIZE[device.type]
+    buffer = torch.ones(num_bytes // 4, device=device)
+    # Random numbers: a GPU multiplies ones or zeros faster, since few bits change.
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     seconds = []
     for action in (buffer.sum, lambda: left @ right):
         action()
+        finish(device)
         found = []
         for _ in range(tries):
             start = clock()
             action()
+            finish(device)
             found.append(clock() - start)
         seconds.append(min(found))
     return Ceilings(
-        read_gb_s=READ_BYTES / seconds[0] / 1e9,
-        gemm_tflop_s=2 * _GEMM_SIZE**3 / seconds[1] / 1e12,
+        read_gb_s=num_bytes / seconds[0] / 1e9, gemm_tflop_s=2 * size**3 / seconds[1] / 1e12
     )
+
+
+def finish(device: torch.device) -> None:
+    """Waits until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def random_prompts(vocab_size: int, *, batch: int, length: int) -> PromptBatch:
@@ -75,29 +89,36 @@ def random_prompts(vocab_size: int, *, batch: int, length: int) -> PromptBatch:
     )
 
 
-def machine_state() -> dict[str, Any]:
-    """What a result must be read with: the processor, and how busy it was."""
+def machine_state(device: torch.device = CPU) -> dict[str, Any]:
+    """What a result must be read with: who computed, and how busy the machine was."""
+    is_cpu = device.type == "cpu"
     return {
-        "processor": processor_name(CPU_INFO),
+        "processor": processor_name(CPU_INFO) if is_cpu else torch.cuda.get_device_name(device),
         "load_average": Path("/proc/loadavg").read_text(encoding="utf-8").split()[:3],
     }
 
 
 def run_benchmark(
-    run_rank: Callable[..., None], settings: ConfigModel, *, processes: int = 1, threads: int
+    run_rank: Callable[..., None],
+    settings: ConfigModel,
+    *,
+    processes: int = 1,
+    threads: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Starts the ranks on CPUs and returns the summary that they write.
+    """Starts the ranks and returns the summary that they write.
 
     Args:
         run_rank: Called as `run_rank(worker, settings, output)`; one rank writes JSON to `output`.
         settings: What is measured.
         processes: Number of ranks.
         threads: Of each rank.
+        device: cpu or cuda.
 
     Raises:
         MegachatError: What the first failing rank raised.
     """
-    config = LaunchConfig(processes=processes, device="cpu", threads=threads)
+    config = LaunchConfig(processes=processes, device=device, threads=threads)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "summary.json")
         launch(config, run_rank, settings, str(output))

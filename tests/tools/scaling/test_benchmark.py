@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from benchmark import (
+    READ_BYTES,
     Ceilings,
     command_of,
     measure_ceilings,
@@ -59,7 +60,7 @@ def test_an_error_of_the_user_is_one_line_and_status_2(capsys: pytest.CaptureFix
 
 
 def test_ceilings_are_the_best_of_their_tries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmark.READ_BYTES", 1 << 20)
+    monkeypatch.setitem(READ_BYTES, "cpu", 1 << 20)
     times = iter([0.0, 2.0, 2.0, 3.0, 0.0, 4.0, 4.0, 6.0])  # 2 and 1 s reading, 4 and 2 s of GEMM
     found = measure_ceilings(torch.float32, clock=lambda: next(times), tries=2)
     assert found.read_gb_s == pytest.approx((1 << 20) / 1e9)

@@ -176,7 +176,7 @@ def other_calls(shape: Shape, number: Format) -> list[Call]:
     forward = Call(
         op="log-probabilities",
         source="token_logprobs",
-        function="megachat_token_statistics",
+        function="megachat_token_logprobs_forward",
         arguments=(int(number), *pointers[:3], tokens, width, 0, 1.0, None),
         times=1,
         asked=logits + 4 * tokens * FP32_BYTES,

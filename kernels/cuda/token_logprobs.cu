@@ -161,10 +161,10 @@ bool valid_shape(int tokens, int width, float temperature) {
 
 // `format` is a megachat::Format, that of the logits, which are contiguous and aligned to 16 bytes,
 // as is each row. Returns a cudaError_t.
-MEGACHAT_EXPORT int megachat_token_statistics(int format, const void* logits,
-                                              const int64_t* targets, float* statistics, int tokens,
-                                              int width, int vocab_start, float temperature,
-                                              void* stream) {
+MEGACHAT_EXPORT int megachat_token_logprobs_forward(int format, const void* logits,
+                                                    const int64_t* targets, float* statistics,
+                                                    int tokens, int width, int vocab_start,
+                                                    float temperature, void* stream) {
   using namespace megachat;
   if (!is_aligned(logits)) return cudaErrorInvalidValue;
   return dispatch_format(format, [=](auto* type) -> int {

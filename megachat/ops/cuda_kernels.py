@@ -43,6 +43,8 @@ LAUNCHERS: dict[str, tuple[type, ...]] = {
     "tiled_linear": (_INT, *[_POINTER] * 5, *[_LONG] * 2, *[_INT] * 6, _POINTER),
     "tiled_linear_splits": (_INT,) * 6,
     "tiled_linear_workspace": (_INT,) * 3,
+    "token_logprobs_backward": (_INT, *[_POINTER] * 7, *[_INT] * 3, _FLOAT, _POINTER),
+    "token_logprobs_forward": (_INT, *[_POINTER] * 3, *[_INT] * 3, _FLOAT, _POINTER),
 }
 """Parameters of each `megachat_<name>` in kernels/cuda."""
 
@@ -113,7 +115,7 @@ def launchers(device: torch.device) -> Launchers:
     if device.type != "cuda":
         raise KernelError(
             f'backend = "cuda" needs a model on an NVIDIA GPU, and this one is on the {device}: '
-            'use backend = "cpu" or "reference"'
+            'use backend = "reference", or "cpu" for generation'
         )
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
@@ -304,6 +306,59 @@ def new_draws(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tenso
         logits.new_empty(rows, dtype=torch.float32),
         logits.new_empty(rows, dtype=torch.float32),
     )
+
+
+def token_logprobs_forward(
+    logits: Tensor, targets: Tensor, vocab_start: int, temperature: float
+) -> Tensor:
+    """What a slice of the vocabulary says about given tokens."""
+    targets = targets.contiguous()
+    _check("token_logprobs_forward", (logits,), indices=(targets,))
+    statistics = new_token_statistics(logits)
+    launchers(logits.device).launch(
+        "token_logprobs_forward",
+        (logits, targets, statistics),
+        (*logits.shape, vocab_start, temperature),
+    )
+    return statistics
+
+
+def new_token_statistics(logits: Tensor, *_: object) -> Tensor:
+    """`[4, tokens]` float32."""
+    return logits.new_empty(4, len(logits), dtype=torch.float32)
+
+
+def token_logprobs_backward(
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    vocab_start: int,
+    temperature: float,
+) -> Tensor:
+    """The gradient of a slice's logits."""
+    name, targets = "token_logprobs_backward", targets.contiguous()
+    _check(name, (logits,), indices=(targets,))
+    # Autograd's gradient of a sum is one number, expanded.
+    gradients = [
+        grad if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
+    ]
+    per_token = (logsumexp, entropy, *gradients)
+    check_tensors(
+        name,
+        [tensor for tensor in per_token if tensor is not None],
+        device=logits.device,
+        dtypes=(torch.float32,),
+    )
+    out = torch.empty_like(logits)
+    launchers(logits.device).launch(
+        name,
+        (logits, targets, *per_token, out),
+        (*logits.shape, vocab_start, temperature),
+    )
+    return out
 
 
 def _check(

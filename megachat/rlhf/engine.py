@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from megachat.errors import ConfigError, LayoutError
 from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
+from megachat.ops import token_logprobs
+from megachat.ops.registry import Backend
 from megachat.parallel.memory import MovableTensors
 from megachat.training.engine import ForwardEngine, TrainEngine
 
@@ -29,6 +31,9 @@ class RLHFEngine:
     """Scores finished responses."""
     measures: MemoryMeasures = MemoryMeasures()
     """What leaves the device when it is not in use; the actor has its own copy of them."""
+    logprob_backend: Backend = Backend.REFERENCE
+    """Who computes log-probabilities and entropies from the logits of actor and reference, in
+    scoring and in the policy's loss."""
     _scorers: list[MovableTensors] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -37,6 +42,8 @@ class RLHFEngine:
         Raises:
             LayoutError: Two roles' layouts have different world sizes.
             ConfigError: Two roles read different vocabularies.
+            KernelError: The backend of the log-probabilities does not compute them, or cannot be
+                built here.
         """
         policy = self.actor.training
         roles: dict[str, ForwardEngine] = {
@@ -57,6 +64,7 @@ class RLHFEngine:
                     f"the {name} has {config.vocab_size} vocabulary rows, the actor "
                     f"{policy.model.config.vocab_size}: all roles need one tokenizer"
                 )
+        token_logprobs.prepare(self.logprob_backend, policy.device)
         if self.measures.offload_scorers:
             for engine in (self.reference, self.reward):
                 weights = MovableTensors(engine.model.parameters(), constant=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megachat.ops.registry import Backend
 from megachat.ops.token_logprobs import token_logprobs, token_statistics
 from megachat.records import Experience, PreferenceBatch, SftBatch
 from megachat.rlhf.config import PpoConfig
@@ -69,6 +70,7 @@ def response_logprobs(
     group: ProcessGroup | None,
     vocab_start: int,
     temperature: float,
+    backend: Backend = Backend.REFERENCE,
 ) -> Tensor:
     """Log-probability of each response token under the sampling distribution.
 
@@ -80,6 +82,7 @@ def response_logprobs(
         group: Ranks that share the vocabulary; None when this rank holds all of it.
         vocab_start: First vocabulary id of this rank's slice.
         temperature: The temperature the responses were sampled at.
+        backend: Who computes the log-probabilities.
 
     Returns:
         `[batch, response_len]` float32, 0 where masked.
@@ -90,6 +93,7 @@ def response_logprobs(
         group=group,
         vocab_start=vocab_start,
         temperature=temperature,
+        backend=backend,
     )
     return _response_table(
         logprobs[0], output, prompt_lengths=prompt_lengths, response_mask=response_mask
@@ -103,7 +107,12 @@ class SftObjective:
     maximum_names: tuple[str, ...] = ()
 
     def __init__(
-        self, *, num_targets: float | Tensor, group: ProcessGroup | None, vocab_start: int
+        self,
+        *,
+        num_targets: float | Tensor,
+        group: ProcessGroup | None,
+        vocab_start: int,
+        backend: Backend = Backend.REFERENCE,
     ) -> None:
         """Fixes the denominator.
 
@@ -111,18 +120,29 @@ class SftObjective:
             num_targets: Number of target tokens in the global batch.
             group: Ranks that share the vocabulary; None when this rank holds all of it.
             vocab_start: First vocabulary id of this rank's slice of the logits.
+            backend: Who computes the log-probabilities.
         """
         self._num_targets = num_targets
         self._group = group
         self._vocab_start = vocab_start
+        self._backend = backend
 
     @classmethod
     def for_batch(
-        cls, batch: SftBatch, *, group: ProcessGroup | None = None, vocab_start: int = 0
+        cls,
+        batch: SftBatch,
+        *,
+        group: ProcessGroup | None = None,
+        vocab_start: int = 0,
+        backend: Backend = Backend.REFERENCE,
     ) -> Self:
         """The objective whose denominator is the number of targets in this global batch."""
-        num_targets = _at_least_one(batch.loss_mask[:, 1:].sum())
-        return cls(num_targets=num_targets, group=group, vocab_start=vocab_start)
+        return cls(
+            num_targets=_at_least_one(batch.loss_mask[:, 1:].sum()),
+            group=group,
+            vocab_start=vocab_start,
+            backend=backend,
+        )
 
     def model_input(self, batch: SftBatch) -> Tensor:
         """The rows themselves, `[batch, seq]`."""
@@ -148,6 +168,7 @@ class SftObjective:
             output.following(batch.tokens)[None],
             group=self._group,
             vocab_start=self._vocab_start,
+            backend=self._backend,
         )
         row_share = row_weights.float() / self._num_targets
         weights = output.following(batch.loss_mask) * row_share[output.rows]
@@ -279,6 +300,7 @@ class PolicyObjective(_ExperienceObjective):
         temperature: float,
         group: ProcessGroup | None,
         vocab_start: int,
+        backend: Backend = Backend.REFERENCE,
     ) -> None:
         """Fixes the denominator and where this rank's vocabulary slice starts.
 
@@ -288,11 +310,13 @@ class PolicyObjective(_ExperienceObjective):
             temperature: The temperature the responses were sampled at.
             group: Ranks that share the vocabulary; None when this rank holds all of it.
             vocab_start: First vocabulary id of this rank's slice of the logits.
+            backend: Who computes log-probabilities and entropies.
         """
         super().__init__(config, num_tokens=num_tokens)
         self._temperature = temperature
         self._group = group
         self._vocab_start = vocab_start
+        self._backend = backend
 
     @classmethod
     def for_batch(
@@ -303,6 +327,7 @@ class PolicyObjective(_ExperienceObjective):
         temperature: float,
         group: ProcessGroup | None = None,
         vocab_start: int = 0,
+        backend: Backend = Backend.REFERENCE,
     ) -> Self:
         """The objective whose denominator is the number of response tokens in this mini-batch."""
         return cls(
@@ -311,6 +336,7 @@ class PolicyObjective(_ExperienceObjective):
             temperature=temperature,
             group=group,
             vocab_start=vocab_start,
+            backend=backend,
         )
 
     def __call__(self, output: ModelOutput, batch: Experience, row_weights: Tensor) -> LossTerms:
@@ -327,6 +353,7 @@ class PolicyObjective(_ExperienceObjective):
             group=self._group,
             vocab_start=self._vocab_start,
             temperature=self._temperature,
+            backend=self._backend,
         )
         logprobs, entropy = (
             _response_table(

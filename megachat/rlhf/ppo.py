@@ -211,6 +211,7 @@ class PPOTrainer:
                     temperature=self.sampling.temperature,
                     group=actor.groups.tensor,
                     vocab_start=actor.vocab_start,
+                    backend=self.engine.logprob_backend,
                 ),
             )
             gap = self._decoding_gap(experience, policy)
@@ -363,6 +364,7 @@ class PPOTrainer:
                 temperature=temperature,
                 group=engine.groups.tensor,
                 vocab_start=engine.vocab_start,
+                backend=self.engine.logprob_backend,
             ),
         )
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megachat.ops.registry import Backend
 from megachat.records import Rollout
 from megachat.rlhf.objectives import (
     final_spans,
@@ -33,7 +34,13 @@ class ResponseLogprobs(_RolloutScore):
     """Log-probability of each response token: actor and reference."""
 
     def __init__(
-        self, *, response_len: int, temperature: float, group: ProcessGroup, vocab_start: int
+        self,
+        *,
+        response_len: int,
+        temperature: float,
+        group: ProcessGroup,
+        vocab_start: int,
+        backend: Backend = Backend.REFERENCE,
     ) -> None:
         """Fixes where this rank's vocabulary slice lies.
 
@@ -42,11 +49,13 @@ class ResponseLogprobs(_RolloutScore):
             temperature: The temperature the responses were sampled at.
             group: Ranks that share the vocabulary.
             vocab_start: First vocabulary id of this rank's slice of the logits.
+            backend: Who computes the log-probabilities.
         """
         self.columns = response_len
         self._temperature = temperature
         self._group = group
         self._vocab_start = vocab_start
+        self._backend = backend
 
     def __call__(self, output: ModelOutput, batch: Rollout) -> Tensor:
         """`[batch, response_len]` float32, 0 beyond the response."""
@@ -58,6 +67,7 @@ class ResponseLogprobs(_RolloutScore):
             group=self._group,
             vocab_start=self._vocab_start,
             temperature=self._temperature,
+            backend=self._backend,
         )
 
 

@@ -18,6 +18,8 @@ from megachat.model.config import (
     OptConfig,
     Recompute,
 )
+from megachat.ops.registry import Backend
+from megachat.ops.token_logprobs import token_logprobs_forward
 from megachat.parallel.launch import LaunchConfig
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig
@@ -154,10 +156,22 @@ class RoleSection(ConfigModel):
         )
 
 
+class PolicySection(RoleSection):
+    """The role that says how likely tokens are."""
+
+    logprob_backend: Backend = Field(
+        default=Backend.REFERENCE,
+        strict=False,
+        description="Who computes log-probabilities and entropies from the logits, in scoring and "
+        "in the losses of the supervised stage and of PPO: plain torch (`reference`) or our CUDA "
+        "kernel (`cuda`), which no GPU has run yet.",
+    )
+
+
 class ModelsSection(ConfigModel):
     """The two architectures of a run: policy and reward."""
 
-    actor: RoleSection
+    actor: PolicySection
     """Supervised model, actor and reference."""
     reward: RoleSection
     """Reward model and critic."""
@@ -276,7 +290,9 @@ class RunConfig(ConfigModel):
             LayoutError: A role's degrees do not fit the number of processes, or the generation
                 degree does not nest into the actor's layout.
             ConfigError: Rows and mini-batches do not fit.
+            KernelError: The backend of the log-probabilities does not compute them.
         """
+        token_logprobs_forward.on(self.models.actor.logprob_backend)
         roles = {"actor": self.models.actor, "reward": self.models.reward}
         for name, role in roles.items():
             role.layout(self.launch.world_size)

@@ -91,12 +91,14 @@ def tokenizer_fingerprint(config: RunConfig) -> str:
 def stage_fingerprint(config: RunConfig, stage: Stage) -> str:
     """Hash of everything that determines a stage's output: its own settings and its inputs'.
 
-    How the work is cut over processes and micro-batches does not count: it changes rounding only.
+    How the work is cut over processes and micro-batches, and who computes generation and
+    log-probabilities, do not count: they change rounding only.
     """
     tree: dict[str, Any] = config.model_dump(mode="json")
     for role in tree["models"].values():
         for key in ("tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch_rows"):
             del role[key]
+    del tree["models"]["actor"]["logprob_backend"]
     for key in ("generation", "generation_tensor", "memory", "logprob_tolerance"):
         del tree["rlhf"][key]
     del tree["data"]["cache_dir"]

@@ -172,6 +172,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
         reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
         measures=config.memory,
+        logprob_backend=models.actor.logprob_backend,
     )
 
 

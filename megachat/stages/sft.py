@@ -9,6 +9,7 @@ from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, SftLoader, endless
 from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
+from megachat.ops.registry import Backend
 from megachat.parallel.rng import seed_for
 from megachat.records import SftBatch
 from megachat.rlhf.objectives import SftObjective
@@ -44,13 +45,14 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
         total_steps=num_steps,
         seed=seed_for(context.config.run.seed, Stage.SFT),
     )
-    before = perplexity(engine, held_out)
+    backend = role.logprob_backend
+    before = perplexity(engine, held_out, backend=backend)
     with (
         context.open_metrics(Stage.SFT) as metrics,
         StageProgress(progress_title, total=num_steps) as progress,
     ):
         for step, batch in zip(range(num_steps), endless(loader), strict=False):
-            report = engine.forward_backward(batch, _objective(engine, batch))
+            report = engine.forward_backward(batch, _objective(engine, batch, backend))
             update = engine.step()
             values = {
                 "sft/loss": report.loss,
@@ -60,7 +62,7 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
             }
             metrics.write(step, values)
             progress.advance(values)
-        after = perplexity(engine, held_out)
+        after = perplexity(engine, held_out, backend=backend)
         metrics.write(num_steps, {"sft/perplexity": after})
     save_huggingface(
         model, context.model_folder(Stage.SFT), extra_files=export_files(context.config)
@@ -72,15 +74,25 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
     )
 
 
-def perplexity(engine: ForwardEngine, batches: Iterable[SftBatch]) -> float:
-    """Exp of the mean negative log-likelihood over all target tokens of the batches."""
+def perplexity(
+    engine: ForwardEngine, batches: Iterable[SftBatch], *, backend: Backend = Backend.REFERENCE
+) -> float:
+    """Exp of the mean negative log-likelihood over all target tokens of the batches.
+
+    Args:
+        engine: Runs the language model.
+        batches: Rows and their targets.
+        backend: Who computes the log-probabilities.
+    """
     total, tokens = 0.0, 0
     for batch in batches:
         num_targets = int(batch.loss_mask[:, 1:].sum())
-        total += engine.evaluate(batch, _objective(engine, batch)).loss * num_targets
+        total += engine.evaluate(batch, _objective(engine, batch, backend)).loss * num_targets
         tokens += num_targets
     return math.exp(total / tokens) if tokens else math.nan
 
 
-def _objective(engine: ForwardEngine, batch: SftBatch) -> SftObjective:
-    return SftObjective.for_batch(batch, group=engine.groups.tensor, vocab_start=engine.vocab_start)
+def _objective(engine: ForwardEngine, batch: SftBatch, backend: Backend) -> SftObjective:
+    return SftObjective.for_batch(
+        batch, group=engine.groups.tensor, vocab_start=engine.vocab_start, backend=backend
+    )

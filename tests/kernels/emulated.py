@@ -1,12 +1,14 @@
 """The CUDA backend on CPU tensors: its kernels run on the emulator, all above them is real."""
 
 import ctypes
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachat.ops import cuda_kernels
 from megachat.ops.registry import registered_ops
@@ -33,6 +35,21 @@ class EmulatedLibrary:
                 library.simt_set_order(self._order.kind, self._order.seed)
             self._libraries[stem] = library
         return getattr(self._libraries[stem], function)
+
+
+class KernelCalls(TorchDispatchMode):
+    """Counts the calls of this project's CUDA operations by name, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "megachat":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

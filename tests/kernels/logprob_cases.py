@@ -25,7 +25,7 @@ class StatisticsCase(Case):
 
     @property
     def function(self) -> str:
-        return "megachat_token_statistics"
+        return "megachat_token_logprobs_forward"
 
     def wrong_result(self) -> str:
         """Compares each number; a padded column is one whose weight is 0.

@@ -1,4 +1,4 @@
-"""The CUDA backend as the generation runner calls it, with its kernels on the emulator.
+"""The CUDA backend as generation and losses call it, with its kernels on the emulator.
 
 What the kernels compute is tested in `tests/kernels`; here it is that the right numbers reach them.
 """
@@ -29,6 +29,7 @@ from megachat.ops.tiled_linear import (
     tiled_linear,
     tiled_linear_bias_relu,
 )
+from megachat.ops.token_logprobs import token_logprobs_backward, token_logprobs_forward
 from tests.kernels.build import KERNELS
 from tests.kernels.emulated import EmulatedLibrary, emulated_cuda
 from tests.ops.pages import make_pages
@@ -108,6 +109,25 @@ def _sample(dtype: torch.dtype) -> tuple[Any, ...]:
     return logits, torch.arange(6) * 977 - 3, torch.arange(6), rules
 
 
+def _token_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the second of three slices, with padding; targets in all three."""
+    logits = _random(5, 264, dtype=dtype) * 3
+    logits[:, 261:] = torch.finfo(dtype).min
+    return logits, torch.tensor([264, 3, 524, 600, 300])
+
+
+def _log_forward(dtype: torch.dtype) -> tuple[Any, ...]:
+    return *_token_logits(dtype), 264, 0.7
+
+
+def _log_backward(dtype: torch.dtype) -> tuple[Any, ...]:
+    """The gradient of a sum is one number, expanded."""
+    logits, targets = _token_logits(dtype)
+    logsumexp = (logits.float() / 0.7).logsumexp(1) + 0.5  # the other slices hold as much again
+    entropy, gradient = torch.linspace(0.5, 4.0, 5), torch.tensor(1.5).expand(5)
+    return logits, targets, logsumexp, entropy, gradient, _random(5, dtype=torch.float32), 264, 0.7
+
+
 CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "bias_relu": _relu,
     "bias_residual_layer_norm": _norm,
@@ -117,6 +137,8 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "sample": _sample,
     "tiled_linear": _linear,
     "tiled_linear_bias_relu": _linear_relu,
+    "token_logprobs_backward": _log_backward,
+    "token_logprobs_forward": _log_forward,
 }
 
 
@@ -253,6 +275,11 @@ def test_what_a_kernel_would_misread_is_refused() -> None:
         relu(x, torch.zeros(68)[1:65])
     with pytest.raises(KernelError, match="rows must be contiguous"):
         tiled_linear.on(Backend.CUDA)(x, torch.zeros(2, 32, 8).transpose(1, 2))
+    logits, targets, *rest = _log_backward(torch.bfloat16)
+    with pytest.raises(KernelError, match="no CPU kernel for torch.bfloat16: use float32"):
+        token_logprobs_backward.on(Backend.CUDA)(logits, targets, rest[0].bfloat16(), *rest[1:])
+    with pytest.raises(KernelError, match="needs contiguous torch.int64 tensors on cpu"):
+        token_logprobs_forward.on(Backend.CUDA)(logits, targets.int(), 264, 0.7)
     with pytest.raises(KernelError, match="contiguous rows"):
         sample.on(Backend.CUDA)(torch.zeros(64, 4).t(), *_sample(torch.float32)[1:])
 
@@ -271,7 +298,7 @@ def test_a_shape_that_the_kernels_do_not_know_is_named() -> None:
 def test_without_a_gpu_or_with_an_old_one_the_message_says_what_to_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(KernelError, match=r"this one is on the cpu: use backend = \"cpu\""):
+    with pytest.raises(KernelError, match=r"this one is on the cpu: use backend = \"ref"):
         OF_A_DEVICE(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(KernelError, match=r"capability 8.0 .* this device has 7.5"):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megachat.errors import ConfigError, LayoutError
 from megachat.parallel.layout import ParallelLayout
@@ -15,6 +16,7 @@ ROLES = ("actor", "critic", "reference", "reward")
 def _role(*, layout: ParallelLayout, vocab_size: int = 131) -> Any:
     """What the checks see of an engine; real ones need a process group for each world size."""
     return SimpleNamespace(
+        device=torch.device("cpu"),
         groups=SimpleNamespace(layout=layout),
         model=SimpleNamespace(config=SimpleNamespace(vocab_size=vocab_size)),
     )

@@ -11,6 +11,7 @@ from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import Batch, PromptBatch
@@ -79,6 +80,7 @@ def trainer(
     generation_tensor: int | None = None,
     timers: PhaseTimers | None = None,
     measures: MemoryMeasures | None = None,
+    logprob_backend: Backend = Backend.REFERENCE,
 ) -> PPOTrainer:
     """All four roles on this world; `actor` is also the reference's layout, `reward` the critic's.
 
@@ -95,6 +97,7 @@ def trainer(
         generation_tensor: Tensor degree the actor generates with; None is its training degree.
         timers: Where the phases are measured; None makes new ones.
         measures: What leaves the device for generation; None is nothing.
+        logprob_backend: Who computes the log-probabilities.
     """
     layouts = {actor or ParallelLayout(), reward or ParallelLayout()}
     groups = {layout: ProcessGroups.create(layout) for layout in sorted(layouts, key=str)}
@@ -131,6 +134,7 @@ def trainer(
         ),
         reward=forward_engine(opt_model(score_groups, Head.SCALAR, dtype=dtype)),
         measures=measures or MemoryMeasures(),
+        logprob_backend=logprob_backend,
     )
     return PPOTrainer(
         engine, config=config, sampling=sampling, seed=seed, timers=timers or PhaseTimers()

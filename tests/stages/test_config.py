@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megachat.config import build_config, load_config
-from megachat.errors import ConfigError, LayoutError, MegachatError
+from megachat.errors import ConfigError, KernelError, LayoutError, MegachatError
 from megachat.model.config import Recompute
 from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import Precision, RlhfSection, RoleSection, RunConfig, SftSection
@@ -49,6 +49,12 @@ def _message(values: dict[str, Any]) -> str:
         ("sft.batch_rows", 0, "sft.batch_rows: input should be greater than or equal to 1, got 0"),
         ("sft.dropout", 1.0, "sft.dropout: input should be less than 1"),
         ("models.actor.precision", "fp16", "models.actor.precision: input should be 'fp32' or"),
+        (
+            "models.actor.logprob_backend",
+            "gpu",
+            "logprob_backend: input should be 'reference', 'cpu'",
+        ),
+        ("models.reward.logprob_backend", "cuda", "models.reward.logprob_backend: unknown key"),
         ("models.actor.model", "x", "give either model (folder or name) or shape (random weights)"),
         ("models.reward.model", None, "models.reward: give either model"),
         ("tokenizer.train", None, "models.actor has random weights and so no tokenizer"),
@@ -97,6 +103,11 @@ def test_starting_from_the_supervised_model_is_for_the_reward_model_only() -> No
         ),
         (["rlhf.batch_prompts=7"], ConfigError, "7 rows an experience cannot be cut into 2 equal"),
         (["rlhf.ppo.kl.horizon=1"], ConfigError, "could turn the coefficient to 0"),
+        (
+            ["models.actor.logprob_backend=cpu"],
+            KernelError,
+            "token_logprobs_forward has no cpu backend here, only reference, cuda: choose one",
+        ),
     ],
 )
 def test_relations_between_tables_are_checked_before_anything_starts(

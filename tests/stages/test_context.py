@@ -37,6 +37,7 @@ def _fingerprints(*overrides: str) -> dict[str, str]:
         "models.reward.pipeline=2",
         "models.reward.recompute=full",
         "models.actor.micro_batch_rows=2",
+        "models.actor.logprob_backend=cuda",
         "rlhf.memory.offload_optimizer=true",
         "rlhf.logprob_tolerance.fp32=0.1",
         "data.cache_dir=elsewhere",

@@ -14,6 +14,7 @@ from megachat.data.config import Stage
 from megachat.data.loaders import PromptLoader
 from megachat.data.stage_data import build_stage_data
 from megachat.generation.config import SamplingConfig
+from megachat.ops.registry import Backend
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.config import PpoConfig
@@ -26,6 +27,7 @@ from megachat.stages.rlhf import build_engine, ppo_step, unspeakable_ids
 from megachat.telemetry.metrics import read_metrics
 from megachat.telemetry.timers import PhaseTimers
 from tests.harness import run_ranks
+from tests.kernels.emulated import emulated_cuda
 from tests.rlhf import tiny
 from tests.stages import tiny_run
 
@@ -215,6 +217,16 @@ def _check_roles(folder: Path) -> None:
 
 def test_the_roles_start_from_the_first_two_stages(finished_folder: Path) -> None:
     run_ranks(2, _check_roles, finished_folder)
+
+
+def _check_logprob_backend(folder: Path) -> None:
+    with emulated_cuda():
+        context = tiny_run.context(tiny_run.config(folder, ["models.actor.logprob_backend=cuda"]))
+        assert build_engine(context, num_updates=1).logprob_backend is Backend.CUDA
+
+
+def test_the_backend_of_the_log_probs_is_the_configured_one(finished_folder: Path) -> None:
+    run_ranks(1, _check_logprob_backend, finished_folder)
 
 
 def test_the_exported_actor_is_a_few_small_steps_away_from_its_start(

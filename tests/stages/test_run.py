@@ -99,6 +99,14 @@ def test_a_stage_that_is_not_asked_for_must_fit_the_configuration_too(
     assert refusal is not None and f"{copy.run.output / 'rlhf'}: completed under" in refusal[1]
 
 
+def test_kernels_that_cannot_be_had_are_refused_before_the_first_stage(tmp_path: Path) -> None:
+    overrides = [f"run.output={tmp_path}/run", "models.actor.logprob_backend=cuda"]
+    refusal = run_ranks(1, _run_anyhow, tmp_path, overrides, list(Stage))[0]
+    assert refusal is not None and refusal[0] == "KernelError"
+    assert "needs a model on an NVIDIA GPU, and this one is on the cpu" in refusal[1]
+    assert not any((tmp_path / "run" / "sft").iterdir())
+
+
 @pytest.mark.parametrize(
     ("stage", "missing"), [(Stage.REWARD, Stage.SFT), (Stage.PROMPTS, Stage.REWARD)]
 )

@@ -1,6 +1,7 @@
 """Step 1 in a run: its figures recomputed from what it left on the disk."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.stages.config import RunConfig
 from megachat.stages.context import stage_folder, tokenizer_folder
 from megachat.telemetry.metrics import read_metrics
+from tests.harness import run_ranks
+from tests.kernels.emulated import KernelCalls, emulated_cuda
 from tests.stages import tiny_run
 
 
@@ -45,6 +48,29 @@ def test_the_steps_are_recorded_and_the_loss_falls(finished: RunConfig) -> None:
     assert rates[0] == finished.sft.optimizer.learning_rate and rates[-1] == 0
     figures = tiny_run.read_result_metrics(finished, Stage.SFT)
     assert history.series("sft/perplexity") == [(6, figures["perplexity_after"])]
+
+
+def _run_on_kernels(folder: Path, output: Path) -> dict[str, int]:
+    """How often each kernel was called."""
+    with emulated_cuda(), KernelCalls() as calls:
+        overrides = [f"run.output={output}", "models.actor.logprob_backend=cuda"]
+        tiny_run.run(folder, overrides, [Stage.SFT])
+    return calls.counts
+
+
+def test_losses_of_the_cuda_kernels_train_the_same_model(
+    finished: RunConfig, finished_folder: Path, tmp_path: Path
+) -> None:
+    """On the emulator. fp32 sums in another order, carried through all steps."""
+    (calls,) = run_ranks(1, _run_on_kernels, finished_folder, tmp_path)
+    # Six steps of 8 rows and two evaluations of 9 rows, in micro-batches of 4.
+    assert calls == {"token_logprobs_forward": 6 * 2 + 2 * 3, "token_logprobs_backward": 6 * 2}
+    other = finished.model_copy(
+        update={"run": finished.run.model_copy(update={"output": tmp_path})}
+    )
+    assert tiny_run.read_result_metrics(other, Stage.SFT) == pytest.approx(
+        tiny_run.read_result_metrics(finished, Stage.SFT), rel=1e-4
+    )
 
 
 def test_the_export_carries_a_tokenizer_that_transformers_loads(finished: RunConfig) -> None:

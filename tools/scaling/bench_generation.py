@@ -2,20 +2,19 @@
 
     python tools/scaling/bench_generation.py --model facebook/opt-125m --random-weights \
         --batch 8 --prompt 128 --new 64 --dtype fp32 [--peer transformers] [--tensor 2] \
-        [--device cuda] [--json]
+        [--device cuda] [--peer openvino --peer-python OTHER_ENVIRONMENT/bin/python] [--json]
     python tools/scaling/bench_generation.py --weights HF_FOLDER ...
 
 Every engine has the same weights and prompts and answers greedily, without stopping early. Engines
-take turns in one process, and so do the measurements of the machine's limits: on a machine that
-others use, only the shares and ratios of one run mean something. With `--tensor` more processes
-start, which wait while engines of one process run.
+take turns, and so do the measurements of the machine's limits: on a machine that others use, only
+the shares and ratios of one run mean something. With `--tensor` more processes start, which wait
+while engines of one process run; OpenVINO has a process and an environment of its own, in which
+nothing is installed.
 """
 
-import importlib
+import contextlib
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,98 +31,33 @@ from benchmark import (
     report,
     run_benchmark,
 )
-from pydantic import Field
+from generation_engines import (
+    CLOCKS,
+    OURS,
+    PEERS,
+    Run,
+    Settings,
+    Timing,
+    megachat_engine,
+    openvino_engine,
+    openvino_process,
+    transformers_engine,
+)
 from torch import Tensor
-from torch.nn import functional as F
 
-from megachat.checkpoint.huggingface import load_huggingface, read_config
+from megachat.checkpoint.huggingface import load_huggingface
 from megachat.checkpoint.writer import save_huggingface
-from megachat.config import ConfigModel, build_config
+from megachat.config import build_config
 from megachat.errors import ConfigError
-from megachat.generation.config import GenerationConfig, SamplingConfig
-from megachat.generation.generator import Generator
 from megachat.generation.kv_cache import block_bytes
-from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
+from megachat.model.config import Head, ModelOptions, vocab_multiple_for
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
 from megachat.parallel.collectives import barrier
 from megachat.parallel.groups import ProcessGroups
-from megachat.parallel.launch import Worker, num_cores
+from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch
-
-OURS = "megachat"
-PEERS = ("transformers", "reference")
-"""HuggingFace's `generate`, and megachat's own engine on plain torch."""
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""CPU time, with one thread, leaves out what other processes of a busy machine take."""
-
-
-class Settings(ConfigModel):
-    """What is measured; the options of the command line."""
-
-    model: str = Field(default="facebook/opt-125m", description="Hub name of a published size.")
-    weights: str | None = Field(default=None, description="HuggingFace folder, for --model.")
-    random_weights: bool = Field(default=False, description="Draw the weights of --model.")
-    batch: int = Field(default=8, ge=1, description="Prompts.")
-    prompt: int = Field(default=128, ge=1, description="Tokens of each prompt.")
-    new: int = Field(default=64, ge=2, description="Tokens of each answer, or at most.")
-    mean: int | None = Field(
-        default=None, ge=2, description="Sample, and let one token of so many end an answer."
-    )
-    waves: int = Field(
-        default=1,
-        ge=1,
-        description="Batches of prompts: transformers answers one after the other, megachat puts "
-        "the next prompt in the place of an answer that ended.",
-    )
-    dtype: str = Field(default="bf16", pattern="^(bf16|fp32)$", description="bf16 or fp32.")
-    device: str = Field(default="cpu", pattern="^(cpu|cuda)$", description="cpu or cuda.")
-    threads: int = Field(default_factory=num_cores, ge=1, description="Of the CPU.")
-    block_size: int = Field(default=16, ge=1, description="Tokens in a block of the cache.")
-    repeats: int = Field(default=3, ge=1, description="Measured runs of each engine.")
-    clock: str = Field(
-        default="wall", pattern="^(wall|cpu)$", description="wall, or cpu time of this process."
-    )
-    peer: list[str] = Field(default=[], description="transformers or reference; repeatable.")
-    tensor: int = Field(
-        default=1, ge=1, description="Also cut the model over so many processes, threads shared."
-    )
-
-    @property
-    def backend(self) -> Backend:
-        """This project's kernels for the device."""
-        return Backend.CPU if self.device == "cpu" else Backend.CUDA
-
-    @property
-    def over_ranks(self) -> str:
-        """Name of the engine that is cut."""
-        return f"{OURS}, tp {self.tensor}"
-
-    @property
-    def config(self) -> OptConfig:
-        """Architecture."""
-        return read_config(self.model if self.weights is None else self.weights)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, spread over the vocabulary; none where all are equally long.
-
-        Random weights make all tokens about equally likely, so lengths are geometric.
-        """
-        return tuple(range(4, self.config.vocab_size, self.mean)) if self.mean else ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Timing:
-    """One answer to every prompt."""
-
-    total: float
-    """Seconds."""
-    prefill: float
-    """Seconds until the first token of every answer of a batch."""
-    tokens: int
-    """Of all answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +78,6 @@ class Result:
     """Bytes that a decode step cannot but read, over what the memory delivers in its time."""
 
 
-Run = Callable[[], tuple[Timing, Tensor]]
-"""Answers once; the tokens are `[prompts, new]`, `NO_TOKEN` behind an answer's end."""
-NO_TOKEN = -1
-
-
 def minimal_step_bytes(settings: Settings) -> int:
     """Bytes that a decode step must read: all weights but embeddings looked up, keys and values.
 
@@ -162,87 +91,6 @@ def minimal_step_bytes(settings: Settings) -> int:
     return round(weights + settings.batch * cached * per_token)
 
 
-def megachat_engine(
-    model: OptModel, prompts: PromptBatch, settings: Settings, *, backend: Backend
-) -> Run:
-    """This project's generator."""
-    length = settings.prompt + settings.new
-    blocks = settings.batch * -(-length // settings.block_size)
-    size = block_bytes(
-        model.config,
-        tensor=model.groups.tensor.size(),
-        block_size=settings.block_size,
-        dtype=DTYPES[settings.dtype],
-    )
-    generator = Generator(
-        model,
-        stop_ids=settings.stop_ids,
-        config=GenerationConfig(
-            backend=backend,
-            block_size=settings.block_size,
-            kv_cache_gb=(blocks + 1) * size / 1e9,
-            max_sequences=settings.batch,
-            prefill_tokens=settings.batch * settings.prompt,
-        ),
-    )
-    clock = CLOCKS[settings.clock]
-    temperature = 1.0 if settings.mean else 0.0
-    sampling = SamplingConfig(max_new_tokens=settings.new, temperature=temperature)
-
-    def run() -> tuple[Timing, Tensor]:
-        answers = torch.full((prompts.num_rows, settings.new), NO_TOKEN)
-        counts = [0] * prompts.num_rows
-        prefill = 0.0
-        start = clock()
-        for token in generator.stream(prompts, sampling=sampling, seed=0):
-            if not any(counts):
-                prefill = clock() - start
-            answers[token.row, counts[token.row]] = token.token
-            counts[token.row] += 1
-        return Timing(total=clock() - start, prefill=prefill, tokens=sum(counts)), answers
-
-    return run
-
-
-def transformers_engine(
-    folder: Path, prompts: PromptBatch, settings: Settings, *, device: torch.device
-) -> Run:
-    """HuggingFace's generation of the same weights; how long a prompt takes is timed apart."""
-    library: Any = importlib.import_module("transformers")
-    dtype = DTYPES[settings.dtype]
-    model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    clock = CLOCKS[settings.clock]
-    stops = torch.tensor(settings.stop_ids, dtype=torch.int64)
-    batches = prompts.tokens.to(device).chunk(settings.waves)
-    ending: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-    if settings.mean:
-        ending = {"do_sample": True, "top_k": 0, "eos_token_id": stops.tolist()}
-
-    @torch.no_grad()
-    def answer(batch: Tensor, new: int) -> Tensor:
-        tokens: Tensor = model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=new,
-            min_new_tokens=None if settings.mean else new,
-            pad_token_id=model.config.pad_token_id,
-            **ending,
-        )[:, settings.prompt :]
-        tokens = F.pad(tokens.cpu(), (0, new - tokens.shape[1]), value=NO_TOKEN)
-        ended = torch.isin(tokens, stops).long()
-        return tokens.masked_fill(ended.cumsum(dim=1) > ended, NO_TOKEN)
-
-    def run() -> tuple[Timing, Tensor]:
-        start = clock()
-        answer(batches[0], 1)
-        middle = clock()
-        tokens = torch.cat([answer(batch, settings.new) for batch in batches])
-        total, count = clock() - middle, int((tokens != NO_TOKEN).sum())
-        return Timing(total=total, prefill=middle - start, tokens=count), tokens
-
-    return run
-
-
 def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     """Measures, and writes the results."""
     prompts = random_prompts(
@@ -250,11 +98,27 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     )
     engines: dict[str, Run] = {}
     model = _model(ParallelLayout(data=settings.tensor), settings)
-    folder = Path(output).parent / "weights"
-    if "transformers" in settings.peer:
-        save_huggingface(model, folder)
-    if worker.rank == 0:
-        engines = _engines(model, prompts, settings, folder=folder, device=worker.device)
+    folder = Path(output).parent
+    if set(settings.peer) & {"transformers", "openvino"}:
+        save_huggingface(model, folder / "weights")
+    with contextlib.ExitStack() as peers:
+        if worker.rank == 0:
+            engines = _engines(model, prompts, settings, folder=folder, device=worker.device)
+            if "openvino" in settings.peer:
+                ask = peers.enter_context(openvino_process(prompts, settings, folder))
+                engines["openvino"] = openvino_engine(ask, settings)
+        _measure_all(engines, prompts, settings, worker=worker, output=Path(output))
+
+
+def _measure_all(
+    engines: dict[str, Run],
+    prompts: PromptBatch,
+    settings: Settings,
+    *,
+    worker: Worker,
+    output: Path,
+) -> None:
+    """Runs all engines in turns, and those over all ranks too; a collective call."""
     if settings.tensor > 1:
         cut = _model(ParallelLayout(tensor=settings.tensor), settings)
         engines[settings.over_ranks] = megachat_engine(
@@ -263,7 +127,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
     timings, answers, best = _take_turns(engines, settings, worker)
     if worker.rank == 0:
         summary = _summary(timings, answers, best, settings) | machine_state(worker.device)
-        Path(output).write_text(json.dumps(summary), encoding="utf-8")
+        output.write_text(json.dumps(summary), encoding="utf-8")
 
 
 def _model(layout: ParallelLayout, settings: Settings) -> OptModel:
@@ -296,7 +160,9 @@ def _engines(
     if "reference" in settings.peer:
         engines["reference"] = megachat_engine(model, prompts, settings, backend=Backend.REFERENCE)
     if "transformers" in settings.peer:
-        engines["transformers"] = transformers_engine(folder, prompts, settings, device=device)
+        engines["transformers"] = transformers_engine(
+            folder / "weights", prompts, settings, device=device
+        )
     return engines
 
 
@@ -426,6 +292,10 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("give either --random-weights or --weights HF_FOLDER")
     if not set(settings.peer) <= set(PEERS):
         raise ConfigError(f"--peer {' '.join(settings.peer)}: known are {', '.join(PEERS)}")
+    if ("openvino" in settings.peer) != (settings.peer_python is not None):
+        raise ConfigError("--peer openvino and --peer-python PYTHON belong together: give both")
+    if "openvino" in settings.peer and (settings.device, settings.clock) != ("cpu", "wall"):
+        raise ConfigError("OpenVINO runs on the CPU, and its own clock is the wall's")
     return run_benchmark(
         run_rank,
         settings,

@@ -13,9 +13,8 @@ of TRL's PPO trainer on the same weights and prompts take turns with ours; nothi
 import contextlib
 import json
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from benchmark import (
     command_of,
     machine_state,
     measure_ceilings,
+    peer_process,
     random_prompts,
     report,
     run_benchmark,
@@ -37,7 +37,6 @@ from pydantic import Field
 from megachat.checkpoint.huggingface import read_config
 from megachat.checkpoint.writer import save_huggingface
 from megachat.config import ConfigModel, build_config
-from megachat.errors import ConfigError
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.kv_cache import block_bytes
 from megachat.hybrid.engine import HybridEngine, HybridSettings
@@ -60,7 +59,6 @@ from megachat.training.schedules import OptimizerConfig
 
 PEER_SCRIPT = Path(__file__).with_name("trl_ppo_step.py")
 OURS, PEER = "megachat", "trl"
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 WHOLE = "whole step"
 OPTIMIZER = OptimizerConfig(learning_rate=1e-6)
 BLOCK_SIZE = 16
@@ -221,7 +219,10 @@ def run_rank(_worker: Worker, settings: Settings, output: str) -> None:
         peer_step = None
         if settings.peer_python is not None:
             _save_models(trainer, prompts, folder)
-            peer_step = stack.enter_context(_peer(settings, folder))
+            request = settings.model_dump(mode="json") | {"folder": str(folder)}
+            peer_step = stack.enter_context(
+                peer_process(settings.peer_python, PEER_SCRIPT, request, log=folder / "peer.log")
+            )
         for number in range(1 + settings.repeats):  # the first step warms up
             timers.reset()
             start = time.perf_counter()
@@ -269,46 +270,6 @@ def _save_models(trainer: PPOTrainer, prompts: PromptBatch, folder: Path) -> Non
     save_huggingface(trainer.engine.actor.training.model, folder / "policy")
     save_huggingface(trainer.engine.reward.model, folder / "reward")
     (folder / "prompts.json").write_text(json.dumps(prompts.tokens.tolist()), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _peer(settings: Settings, folder: Path) -> Iterator[Callable[[], float]]:
-    """A process that takes a step of TRL's trainer for each line it is sent, and says how long.
-
-    Raises:
-        ConfigError: The interpreter cannot be started, or has no TRL that works.
-    """
-    assert settings.peer_python is not None
-    request = settings.model_dump(mode="json") | {"folder": str(folder)}
-    log = folder / "peer.log"
-    # It is alone: what our launcher tells its ranks would make it wait for others.
-    command = ["env", *(f"--unset={name}" for name in RANK_VARIABLES)]
-    command += [settings.peer_python, str(PEER_SCRIPT), json.dumps(request)]
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-        assert process.stdin is not None and process.stdout is not None
-        requests, replies = process.stdin, process.stdout
-
-        def step() -> float:
-            with contextlib.suppress(BrokenPipeError):
-                requests.write("step\n")
-                requests.flush()
-            for line in replies:
-                if line.startswith("seconds "):
-                    return float(line.split()[1])
-            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise ConfigError(
-                f"--peer-python {settings.peer_python}: TRL's step failed "
-                f"({' '.join(last) or 'no message'}): give an interpreter with trl 1.8"
-            )
-
-        try:
-            yield step
-        finally:
-            process.kill()
-            process.wait()
 
 
 def show(summary: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
 Scripts import it by its bare name, since a script's own folder is where Python looks first.
 """
 
+import contextlib
 import inspect
 import json
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -16,13 +18,14 @@ import torch
 import typer
 
 from megachat.config import ConfigModel
-from megachat.errors import MegachatError
+from megachat.errors import ConfigError, MegachatError
 from megachat.parallel.launch import LaunchConfig, launch
 from megachat.records import PromptBatch
 from megachat.telemetry.machine import CPU_INFO, processor_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CPU = torch.device("cpu")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 """Of the buffer that is read, by kind of device: much more than any cache holds."""
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -124,6 +127,53 @@ def run_benchmark(
         launch(config, run_rank, settings, str(output))
         summary: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return summary
+
+
+@contextlib.contextmanager
+def peer_process(
+    python: str, script: Path, request: dict[str, Any], *, log: Path
+) -> Iterator[Callable[[], Any]]:
+    """Another environment's interpreter that measures something whenever it is asked.
+
+    Args:
+        python: The interpreter, `--peer-python`.
+        script: Takes the request as JSON in its only argument; for each line of input it measures
+            once and writes one line, `reply` and JSON.
+        request: What it is to measure.
+        log: Where its errors go.
+
+    Yields:
+        A function that asks once and returns the reply. It raises ConfigError if the interpreter
+        cannot be started or lacks what the script imports.
+    """
+    # It is alone: what our launcher tells its ranks would make it wait for others.
+    command = ["env", *(f"--unset={name}" for name in RANK_VARIABLES)]
+    command += [python, str(script), json.dumps(request)]
+    with log.open("w", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdin is not None and process.stdout is not None
+        requests, replies = process.stdin, process.stdout
+
+        def ask() -> Any:
+            with contextlib.suppress(BrokenPipeError):
+                requests.write("again\n")
+                requests.flush()
+            for line in replies:
+                if line.startswith("reply "):
+                    return json.loads(line.removeprefix("reply "))
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise ConfigError(
+                f"--peer-python {python}: {script.name} failed ({' '.join(last) or 'no message'}): "
+                "give an interpreter whose environment has what that script says"
+            )
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.wait()
 
 
 def report(

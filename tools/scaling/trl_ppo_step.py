@@ -1,6 +1,6 @@
 """One PPO step of TRL's trainer for each line of input, timed; run by `bench_ppo_step.py`.
 
-It runs in an environment of its own, with TRL and without megachat, and takes the benchmark's
+It runs in an environment of its own, with TRL 1.8 and without megachat, and takes the benchmark's
 settings as JSON in its only argument. The folder that they name holds weights and prompts.
 """
 
@@ -27,7 +27,7 @@ class Metronome:
 
     def tell(self) -> None:
         """Writes one line."""
-        sys.stdout.write(f"seconds {time.perf_counter() - self._start}\n")
+        sys.stdout.write(f"reply {time.perf_counter() - self._start}\n")
         sys.stdout.flush()
 
 

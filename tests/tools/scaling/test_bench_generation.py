@@ -1,15 +1,17 @@
 """The benchmark's engines answer alike, and its bytes and shares are what they say."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import generation_engines
 import pytest
 import torch
 import torch.distributed as dist
 
 from megachat.checkpoint.writer import save_huggingface
-from megachat.errors import MegachatError
+from megachat.errors import ConfigError, MegachatError
 from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
 from tests.harness import run_ranks
@@ -42,10 +44,11 @@ def _measured(folder: str, options: dict[str, Any]) -> bench.Settings:
 
 
 def test_all_engines_answer_alike_and_the_keys_are_those_of_megachat(tmp_path: Path) -> None:
-    (settings,) = run_ranks(1, _measured, str(tmp_path), {"peer": list(bench.PEERS)})
+    peers = ["transformers", "reference"]
+    run_ranks(1, _measured, str(tmp_path), {"peer": peers})
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     rows = {row["engine"]: row for row in summary["engines"]}
-    assert set(rows) == {bench.OURS, *bench.PEERS}
+    assert set(rows) == {bench.OURS, *peers}
     assert summary["same_tokens"] == dict.fromkeys(rows, 1.0)
     ours = rows[bench.OURS]
     for key in ("tokens_per_second", "decode_ms_per_step", "prefill_seconds", "bandwidth_share"):
@@ -90,3 +93,48 @@ def test_a_step_reads_every_weight_once_and_the_cache_at_its_mean_length() -> No
 def test_unknown_weights_are_an_error_of_this_project() -> None:
     with pytest.raises(MegachatError, match="known sizes are"):
         _ = bench.Settings(model="facebook/opt-none", random_weights=True).config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peer": ["openvino"]}, "--peer openvino and --peer-python PYTHON belong together"),
+        ({"peer_python": "python"}, "belong together"),
+        ({"peer": ["openvino"], "peer_python": "python", "clock": "cpu"}, "OpenVINO runs on"),
+        ({"peer": ["vllm"]}, "known are transformers, reference, openvino"),
+    ],
+)
+def test_peers_that_cannot_be_compared_with_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench.measure({"random_weights": True, **options})
+
+
+_OPENVINO = """
+import json, pathlib, sys
+request = json.loads(sys.argv[1])
+prompts = json.loads(pathlib.Path(request["folder"], "prompts.json").read_text())
+assert pathlib.Path(request["folder"], "weights", "config.json").is_file()
+for _ in sys.stdin:
+    tokens = [[5] * (request["new"] - number) for number, _ in enumerate(prompts)]
+    print("reply", json.dumps({"prefill": 0.5, "total": 4.0, "tokens": tokens}), flush=True)
+"""
+
+
+def _beside_openvino(folder: str) -> None:
+    """With a stand-in for the script, which speaks as it does."""
+    script = Path(folder, "openvino_generation.py")
+    script.write_text(_OPENVINO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation_engines, "OPENVINO_SCRIPT", script)
+        _measured(folder, {"peer": ["openvino"], "peer_python": sys.executable})
+
+
+def test_openvino_is_timed_by_what_its_process_says(tmp_path: Path) -> None:
+    run_ranks(1, _beside_openvino, str(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    (theirs,) = (row for row in summary["engines"] if row["engine"] == "openvino")
+    assert theirs["tokens_per_second"] == (6 + 5) / 4.0
+    assert theirs["prefill_seconds"] == 0.5 and theirs["mean_tokens"] == 5.5
+    assert theirs["decode_ms_per_step"] == pytest.approx(1000 * 3.5 / 5)

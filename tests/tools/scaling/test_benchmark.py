@@ -14,6 +14,7 @@ from benchmark import (
     Ceilings,
     command_of,
     measure_ceilings,
+    peer_process,
     random_prompts,
     report,
 )
@@ -67,6 +68,35 @@ def test_ceilings_are_the_best_of_their_tries(monkeypatch: pytest.MonkeyPatch) -
     assert found.gemm_tflop_s == pytest.approx(1024**3 / 1e12)
     other = Ceilings(read_gb_s=0.0, gemm_tflop_s=9.0)
     assert Ceilings.best_of([found, other]) == Ceilings(read_gb_s=found.read_gb_s, gemm_tflop_s=9.0)
+
+
+_PEER = """
+import json, sys
+request = json.loads(sys.argv[1])
+for number, _ in enumerate(sys.stdin):
+    print("something else")
+    print("reply", json.dumps([request["word"], number]), flush=True)
+    if number == 1:
+        sys.exit("that was enough")
+"""
+
+
+def test_a_peer_answers_each_time_and_its_last_words_are_in_the_error(tmp_path: Path) -> None:
+    script, log = tmp_path / "peer.py", tmp_path / "log"
+    script.write_text(_PEER)
+    with peer_process(sys.executable, script, {"word": "so"}, log=log) as ask:
+        assert [ask(), ask()] == [["so", 0], ["so", 1]]
+        with pytest.raises(ConfigError, match=r"peer.py failed \(that was enough\): give an inter"):
+            ask()
+
+
+def test_an_interpreter_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    python, log = str(tmp_path / "python"), tmp_path / "log"
+    with (
+        peer_process(python, tmp_path / "peer.py", {}, log=log) as ask,
+        pytest.raises(ConfigError, match="No such file.*: give an interpreter whose"),
+    ):
+        ask()
 
 
 def test_prompts_are_the_same_at_every_call() -> None:

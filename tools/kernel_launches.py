@@ -334,8 +334,8 @@ def _sampling(shape: Shape, number: Format) -> list[Call]:
         source="sample",
         function="megachat_sample",
         arguments=(
-            *(int(number), _pointer(), _pointer(), _pointer(), None, None, None, None, _pointer()),
-            *(rows, shape.vocab, shape.vocab, 0, 0, 0, 1, 0, shape.ranks, 0, 1.0, 1.0, 1.0, None),
+            *(int(number), _pointer(), _pointer(), _pointer(), *(None,) * 5, _pointer()),
+            *(rows, shape.vocab, shape.vocab, 0, 0, 0, 1, 0, 0, 1.0, 1.0, 1.0, None),
         ),
         times=1,
         asked=rows * (3 * shape.vocab * size + VOCAB_MULTIPLE * size + 32),
@@ -343,7 +343,7 @@ def _sampling(shape: Shape, number: Format) -> list[Call]:
     )
     combine = Call(
         op="choice among ranks",
-        source="sample",
+        source="sample_combine",
         function="megachat_sample_combine",
         arguments=(_pointer(), _pointer(), _pointer(), shape.ranks, rows, None),
         times=1,

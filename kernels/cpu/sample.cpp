@@ -138,7 +138,7 @@ private:
 };
 
 struct Choice {
-    int64_t token;
+    int64_t column;
     double score;
     float chosen;
     float total;
@@ -176,7 +176,7 @@ Choice choose(const Row<T>& row, int64_t key, int64_t position, const Rules& rul
         if (score > best.score) {
             best.score = score;
             winner = group;
-            if (rules.temperature == 0.0f) best.token = index_of(x, mass.top);
+            if (rules.temperature == 0.0f) best.column = index_of(x, mass.top);
         }
     }
     row.scaled(winner, x);
@@ -191,12 +191,12 @@ Choice choose(const Row<T>& row, int64_t key, int64_t position, const Rules& rul
             const double score = double{x[i]} + inner.gumbel(i);
             if (score > top) {
                 top = score;
-                best.token = i;
+                best.column = i;
             }
         }
     }
-    best.chosen = plain[best.token];
-    best.token += winner * kGroup;
+    best.chosen = plain[best.column];
+    best.column += winner * kGroup;
     Floats top = all(kImpossible);
     for (int64_t i = 0; i < padded; i += kLanes) top = larger(top, load(tops + i));
     const float largest_top = largest(top);
@@ -210,16 +210,15 @@ Choice choose(const Row<T>& row, int64_t key, int64_t position, const Rules& rul
 
 template <class T>
 void sample(const T* logits, int64_t stride, int64_t rows, int64_t columns, const int64_t* keys,
-            const int64_t* positions, const Rules& rules, int64_t* tokens, double* scores,
-            float* chosen, float* totals, int threads) {
+            const int64_t* positions, const Rules& rules, double* parts, int threads) {
     together(threads, [&](Team& team) {
         for (int64_t row = team.take(); row < rows; row = team.take()) {
             const Row<T> here(logits + row * stride, columns, positions[row], rules);
             const Choice choice = choose(here, keys[row], positions[row], rules);
-            tokens[row] = choice.token;
-            scores[row] = choice.score;
-            chosen[row] = choice.chosen;
-            totals[row] = choice.total;
+            parts[row] = choice.score;
+            parts[rows + row] = static_cast<double>(rules.first_group * kGroup + choice.column);
+            parts[2 * rows + row] = choice.chosen;
+            parts[3 * rows + row] = choice.total;
         }
     });
 }
@@ -230,14 +229,13 @@ void sample(const T* logits, int64_t stride, int64_t rows, int64_t columns, cons
 #define MEGACHAT_SAMPLE(SUFFIX, TYPE)                                                             \
     extern "C" void megachat_sample_##SUFFIX(                                                     \
         const TYPE* logits, const int64_t* keys, const int64_t* positions,                        \
-        const int64_t* suppressed, const int64_t* stops, int64_t* tokens, double* scores,         \
-        float* chosen, float* totals, int64_t stride, int64_t rows, int64_t columns,              \
-        int64_t num_suppressed, int64_t num_stops, int64_t min_new_tokens, int64_t first_group,   \
-        float temperature, int threads) {                                                         \
+        const int64_t* suppressed, const int64_t* stops, double* parts, int64_t stride,           \
+        int64_t rows, int64_t columns, int64_t num_suppressed, int64_t num_stops,                 \
+        int64_t min_new_tokens, int64_t first_group, float temperature, int threads) {            \
         megachat::sample(logits, stride, rows, columns, keys, positions,                          \
                          {suppressed, stops, num_suppressed, num_stops, min_new_tokens,           \
                           first_group, temperature},                                              \
-                         tokens, scores, chosen, totals, threads);                                \
+                         parts, threads);                                                         \
     }
 
 MEGACHAT_SAMPLE(float32, float)

@@ -1,6 +1,5 @@
 // The next token of every row: temperature, repetition penalty, forbidden tokens, top-k, top-p and
-// a draw, with the log-probability: megachat/ops/sample.py defines the draw and what comes with it,
-// megachat/generation/sampling.py the penalty and what is kept.
+// a draw, with the log-probability: megachat/ops/sample.py defines the result.
 //
 // One block a row, which reads the logits a few times (all but the first from L2) and keeps
 // nothing of their size. What tokens were said and which are forbidden are bits in shared memory.
@@ -10,9 +9,10 @@
 // neighbouring tokens by their mass, then within the winning group. The same input gives the same
 // bits.
 //
-// The vocabulary may be cut over a tensor group: a rank's row is a slice, and what the kernel leaves
-// are the four numbers that ranks exchange. `megachat_sample_combine` picks the winner; of one rank,
-// too.
+// The vocabulary may be cut over a tensor group: a rank's row is a slice, and what the kernel
+// leaves are the four numbers that ranks exchange. What top-k and top-p keep of the whole
+// vocabulary is then given, as the lowest logit of each row that is kept. sample_combine.cu picks
+// the winner; of one rank, too.
 #include "../include/numeric.h"
 #include "../include/philox.h"
 #include "../include/reduce.h"
@@ -30,7 +30,6 @@ constexpr int kDigitBits = 11, kDigits = 3;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsEach = kBins / kThreads;  // of a thread
 constexpr float kMassUnit = 1099511627776.0f;  // 2^40: 2^16 masses of at most 1 fit 57 bits
-constexpr int kCombineThreads = 128;
 
 using Amount = unsigned long long;
 
@@ -41,8 +40,9 @@ struct SampleArguments {
   const int64_t* positions;        // [rows], tokens of the response before this one
   const int64_t* history;          // [rows, history_width] tokens; with a penalty
   const int64_t* history_lengths;  // [rows]; with a penalty
-  const int64_t* suppressed;       // never chosen
-  const int64_t* stops;            // not chosen before `min_new_tokens`
+  const float* edges;              // [rows], what top-k and top-p keep; or null
+  const int64_t* suppressed;       // columns that are never chosen
+  const int64_t* stops;            // columns that are not chosen before `min_new_tokens`
   double* parts;                   // [4, rows]: score, token, its logit, logsumexp
   int rows, width, columns;        // columns of the width that mean something
   int history_width, num_suppressed, num_stops, min_new_tokens;
@@ -130,11 +130,12 @@ class Row {
     __syncthreads();
     if (a_.penalty != 1.0f) {
       const int64_t length = min(a_.history_lengths[row_], static_cast<int64_t>(a_.history_width));
-      set(said_, a_.history + static_cast<size_t>(row_) * a_.history_width, length);
+      const int64_t* history = a_.history + static_cast<size_t>(row_) * a_.history_width;
+      set(said_, history, length, a_.vocab_start);
     }
-    set(forbidden_, a_.suppressed, a_.num_suppressed);
+    set(forbidden_, a_.suppressed, a_.num_suppressed, 0);
     const bool early = a_.positions[row_] + 1 < a_.min_new_tokens;
-    if (early) set(forbidden_, a_.stops, a_.num_stops);
+    if (early) set(forbidden_, a_.stops, a_.num_stops, 0);
   }
 
   // Calls `visit(column, scaled logit)` for every column of the thread's packs.
@@ -170,9 +171,11 @@ class Row {
   __device__ __forceinline__ float over_temperature(float x) const {
     return a_.temperature == 0.0f ? x : x / a_.temperature;
   }
-  __device__ __forceinline__ void set(unsigned* bits, const int64_t* tokens, int64_t count) const {
+  // Of the numbers that are columns when counted from `start`.
+  __device__ __forceinline__ void set(unsigned* bits, const int64_t* numbers, int64_t count,
+                                      int start) const {
     for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-      const int64_t column = tokens[i] - a_.vocab_start;
+      const int64_t column = numbers[i] - start;
       if (column < 0 || column >= a_.columns) continue;
       atomicOr(&bits[column / 32], 1u << column % 32);
     }
@@ -289,11 +292,12 @@ __device__ __forceinline__ Edge find_edge(const Row<T>& row, unsigned lowest, Am
   return edge;
 }
 
-// The smallest logit that top-k and top-p keep. Tokens as likely as the last one that is kept are
-// kept, too; top-p is of the mass of exactly k tokens.
+// The smallest logit that is kept. Tokens as likely as the last one that is kept are kept, too;
+// top-p is of the mass of exactly k tokens.
 template <typename T>
-__device__ __forceinline__ float lowest_kept(const SampleArguments<T>& a, const Row<T>& row,
+__device__ __forceinline__ float lowest_kept(const SampleArguments<T>& a, const Row<T>& row, int at,
                                              Scratch& scratch) {
+  if (a.edges != nullptr) return a.edges[at];
   const Amount count = min(a.top_k > 0 ? a.top_k : a.columns, a.columns);
   Edge edge;
   if (a.top_k > 0) {
@@ -393,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgumen
     row.for_each([&](int column, float x) { best.meet(row.choice(column, x), column); });
     best = block_best(best, scratch);
   } else {
-    best = race(a, row, at, lowest_kept(a, row, scratch), scratch);
+    best = race(a, row, at, lowest_kept(a, row, at, scratch), scratch);
   }
   if (threadIdx.x != 0) return;
   const int column = min(best.index, a.columns - 1);  // of NaN alone nothing was chosen
@@ -403,61 +407,41 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const SampleArgumen
   a.parts[3 * a.rows + at] = total;
 }
 
-// Of equal scores that of the lowest rank wins.
-__global__ void __launch_bounds__(kCombineThreads)
-    sample_combine_kernel(const double* parts, int64_t* tokens, float* logprobs, int ranks,
-                          int rows) {
-  const int row = blockIdx.x * kCombineThreads + threadIdx.x;
-  if (row >= rows) return;
-  const auto part = [&](int rank, int number) {
-    return parts[(static_cast<size_t>(rank) * 4 + number) * rows + row];
-  };
-  int winner = 0;
-  double maximum = part(0, 3);
-  for (int rank = 1; rank < ranks; ++rank) {
-    if (part(rank, 0) > part(winner, 0)) winner = rank;
-    maximum = fmax(maximum, part(rank, 3));
-  }
-  double sum = 0.0;
-  for (int rank = 0; rank < ranks; ++rank) sum += exp(part(rank, 3) - maximum);
-  tokens[row] = static_cast<int64_t>(part(winner, 1));
-  logprobs[row] = static_cast<float>(part(winner, 2) - (maximum + log(sum)));
-}
-
 template <typename T>
-bool valid(const SampleArguments<T>& a, int ranks) {
+bool valid(const SampleArguments<T>& a) {
   const bool shape = a.rows >= 0 && a.width > 0 && a.width % kPack<T> == 0 && a.columns > 0 &&
                      a.columns <= a.width && a.columns <= kMaxColumns && a.vocab_start >= 0 &&
-                     a.vocab_start % kGroupTokens == 0 && ranks > 0;
+                     a.vocab_start % kGroupTokens == 0;
   const bool rules = a.temperature >= 0.0f && a.top_k >= 0 && a.top_p > 0.0f && a.top_p <= 1.0f &&
                      a.penalty > 0.0f && a.num_suppressed >= 0 && a.num_stops >= 0;
   const bool given = (a.penalty == 1.0f || (a.history != nullptr && a.history_lengths != nullptr &&
                                             a.history_width > 0)) &&
                      (a.num_suppressed == 0 || a.suppressed != nullptr) &&
                      (a.num_stops == 0 || a.stops != nullptr);
-  const bool truncates = a.temperature > 0.0f && (a.top_k > 0 || a.top_p < 1.0f);
-  return shape && rules && given && !(ranks > 1 && truncates);
+  return shape && rules && given;
 }
 
 }  // namespace
 }  // namespace megachat
 
 // `format` is a megachat::Format, that of the logits, which are contiguous and aligned to 16 bytes,
-// as is each row; the first `columns` of a row mean something. Indices are int64. `parts` are
-// [4, rows] doubles: the row's score, its token, the token's scaled logit, the slice's logsumexp.
+// as is each row; the first `columns` of a row mean something, 65536 are the most. Indices are
+// int64: `history` has tokens of the whole vocabulary, `suppressed` and `stops` columns of the row.
+// `parts` are [4, rows] doubles: the row's score, its token, the token's scaled logit, the row's
+// logsumexp.
 //
-// Of `ranks` > 1 the row is the slice of a vocabulary that starts at `vocab_start`, a multiple of
-// 128. Top-k and top-p are refused then: their edges are those of the whole vocabulary, which ranks
-// would have to agree upon digit by digit in the middle of the kernel. Temperature 0 takes the most
-// likely token. Returns a cudaError_t; 65536 columns are the most.
+// A row may be the slice of a vocabulary that starts at `vocab_start`, a multiple of 128. Then
+// `edges` say what top-k and top-p keep: ranks would have to agree upon them digit by digit in the
+// middle of the kernel. Where they are null the row is whole, and top-k and top-p are of it.
+// Temperature 0 takes the most likely token. Returns a cudaError_t.
 MEGACHAT_EXPORT int megachat_sample(int format, const void* logits, const int64_t* keys,
                                     const int64_t* positions, const int64_t* history,
-                                    const int64_t* history_lengths, const int64_t* suppressed,
-                                    const int64_t* stops, double* parts, int rows, int width,
-                                    int columns, int history_width, int num_suppressed,
-                                    int num_stops, int min_new_tokens, int vocab_start, int ranks,
-                                    int top_k, float temperature, float top_p, float penalty,
-                                    void* stream) {
+                                    const int64_t* history_lengths, const float* edges,
+                                    const int64_t* suppressed, const int64_t* stops, double* parts,
+                                    int rows, int width, int columns, int history_width,
+                                    int num_suppressed, int num_stops, int min_new_tokens,
+                                    int vocab_start, int top_k, float temperature, float top_p,
+                                    float penalty, void* stream) {
   using namespace megachat;
   if (!is_aligned(logits)) return cudaErrorInvalidValue;
   return dispatch_format(format, [=](auto* type) -> int {
@@ -467,6 +451,7 @@ MEGACHAT_EXPORT int megachat_sample(int format, const void* logits, const int64_
                                        positions,
                                        history,
                                        history_lengths,
+                                       edges,
                                        suppressed,
                                        stops,
                                        parts,
@@ -482,24 +467,11 @@ MEGACHAT_EXPORT int megachat_sample(int format, const void* logits, const int64_
                                        temperature,
                                        top_p,
                                        penalty};
-    if (!valid(arguments, ranks)) return cudaErrorInvalidValue;
+    if (!valid(arguments)) return cudaErrorInvalidValue;
     if (rows == 0) return cudaSuccess;
     const size_t bits = 2 * sizeof(unsigned) * ((columns + 31) / 32);
     MEGACHAT_LAUNCH((sample_kernel<T>), dim3(rows), dim3(kThreads), sizeof(Scratch) + bits,
                     static_cast<cudaStream_t>(stream), arguments);
     return cudaGetLastError();
   });
-}
-
-// The tokens and their log-probabilities from the parts of all ranks, [ranks, 4, rows]. Returns a
-// cudaError_t.
-MEGACHAT_EXPORT int megachat_sample_combine(const double* parts, int64_t* tokens, float* logprobs,
-                                            int ranks, int rows, void* stream) {
-  using namespace megachat;
-  if (ranks <= 0 || rows < 0) return cudaErrorInvalidValue;
-  if (rows == 0) return cudaSuccess;
-  MEGACHAT_LAUNCH(sample_combine_kernel, dim3((rows + kCombineThreads - 1) / kCombineThreads),
-                  dim3(kCombineThreads), 0, static_cast<cudaStream_t>(stream), parts, tokens,
-                  logprobs, ranks, rows);
-  return cudaGetLastError();
 }

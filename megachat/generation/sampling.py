@@ -12,18 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from megachat.errors import ConfigError
 from megachat.generation.config import SamplingConfig
 from megachat.ops.philox import GROUP_TOKENS
 from megachat.ops.registry import Backend
-from megachat.ops.sample import Drawn, DrawRules, choose, forbid, sample, scale
-from megachat.parallel.collectives import all_gather_last_dim, all_gather_rows, all_reduce_sum
+from megachat.ops.sample import DrawRules, History, choices, sample, sample_combine, scale
+from megachat.ops.truncation import lowest_kept
+from megachat.parallel.collectives import all_gather_rows
 from megachat.parallel.rng import seed_for
-
-_DIGIT_BITS = 8
-"""Width of a digit in the search for the edge of a nucleus."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,16 +33,6 @@ class VocabularySlice:
     """Columns of logits that mean something; padding follows."""
     group: ProcessGroup
     """Ranks that have the other parts, in the order of their ids."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class History:
-    """What each row's request consists of so far."""
-
-    tokens: Tensor
-    """[rows, seq] int64, prompt and response, padding to the right."""
-    lengths: Tensor
-    """[rows] int64, at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,15 +85,14 @@ class Sampler:
             stop_ids: Tokens that end a response.
             suppressed_ids: Tokens that are never chosen (padding and other control symbols).
             vocabulary: This rank's slice; None means that rows hold the whole vocabulary.
-            backend: Who chooses where neither penalty nor truncation is asked for.
+            backend: Who chooses; what top-k and top-p keep over ranks is found in plain torch.
 
         Raises:
             KernelError: The backend cannot choose.
             ConfigError: The slice does not start at a group of tokens.
         """
         self._config = config
-        self._sample = sample.on(backend)
-        self._is_plain = not config.top_k and config.top_p == 1.0 and not self.needs_history
+        self._draw, self._combine = sample.on(backend), sample_combine.on(backend)
         self._start = vocabulary.start if vocabulary is not None else 0
         # A slice that is all padding keeps one column, which has no mass.
         self._size = max(1, vocabulary.size) if vocabulary is not None else None
@@ -141,14 +127,28 @@ class Sampler:
         """
         logits = logits[:, : self._size]
         rules = self._rules_for(logits)
-        if self._is_plain:
-            return self._combine(self._sample(logits, keys, positions, rules))
+        edges = self._edges(logits, positions=positions, rules=rules, history=history)
+        parts = self._draw(
+            logits, keys=keys, positions=positions, rules=rules, history=history, edges=edges
+        )[None]
+        if self._group is not None:
+            parts = all_gather_rows(parts, self._group)
+        tokens, logprobs = self._combine(parts)
+        return SampledTokens(tokens=tokens, logprobs=logprobs)
+
+    def _edges(
+        self, logits: Tensor, *, positions: Tensor, rules: DrawRules, history: History | None
+    ) -> Tensor | None:
+        """What top-k and top-p keep of each row, if the ranks have to find that together.
+
+        They agree on an edge in several exchanges, which a kernel cannot make: this is plain torch
+        for every backend.
+        """
+        if self._group is None or self._group.size() == 1 or not rules.truncates:
+            return None
         scaled = scale(logits, rules.temperature)
-        choice = forbid(self._penalize(scaled, history), positions, rules)
-        if rules.temperature:
-            choice = self._truncate(choice)
-        drawn = choose(choice, scaled, keys=keys, positions=positions, rules=rules)
-        return self._combine(drawn)
+        choice = choices(scaled, positions=positions, rules=rules, history=history)
+        return lowest_kept(choice, top_k=rules.top_k, top_p=rules.top_p, group=self._group)
 
     def _rules_for(self, logits: Tensor) -> DrawRules:
         """The rules over columns of this rank's slice, made once for each width and device."""
@@ -163,118 +163,13 @@ class Sampler:
                 for ids in (self._suppressed_ids, self._stop_ids)
             )
             self._rules[place] = DrawRules(
-                temperature=self._config.temperature,
                 suppressed=suppressed,
                 stops=stops,
                 min_new_tokens=self._config.min_new_tokens,
                 first_group=self._start // GROUP_TOKENS,
+                temperature=self._config.temperature,
+                top_k=self._config.top_k,
+                top_p=self._config.top_p,
+                repetition_penalty=self._config.repetition_penalty,
             )
         return self._rules[place]
-
-    def _penalize(self, scaled: Tensor, history: History | None) -> Tensor:
-        """A copy of the logits in which tokens that were said are less likely."""
-        penalty = self._config.repetition_penalty
-        if not self.needs_history:
-            return scaled.clone()
-        if history is None:
-            raise ConfigError(
-                f"repetition_penalty {penalty} needs the tokens so far, and none were given"
-            )
-        columns = torch.arange(history.tokens.shape[1], device=scaled.device)
-        local = history.tokens - self._start
-        outside = (local < 0) | (local >= scaled.shape[1])
-        outside |= columns >= history.lengths[:, None]
-        said = scaled.new_zeros(scaled.shape[0], scaled.shape[1] + 1, dtype=torch.bool)
-        said.scatter_(1, local.masked_fill(outside, scaled.shape[1]), True)
-        penalized = torch.where(scaled > 0, scaled / penalty, scaled * penalty)
-        return torch.where(said[:, :-1], penalized, scaled)
-
-    def _truncate(self, choice: Tensor) -> Tensor:
-        """Applies top-k, then top-p; what is cut becomes minus infinity.
-
-        Tokens exactly as likely as the last one that is kept are kept too, so the result does not
-        depend on an order among them.
-        """
-        if self._config.top_k:
-            largest = self._largest(choice, self._config.top_k)
-            edge = largest[:, -1:]
-            if self._config.top_p < 1.0:
-                masses = largest.double().softmax(dim=1)
-                outside = masses.cumsum(dim=1) - masses >= self._config.top_p
-                edge = largest.masked_fill(outside, torch.inf).amin(dim=1, keepdim=True)
-        elif self._config.top_p < 1.0:
-            edge = self._nucleus_edge(choice)
-        else:
-            return choice
-        return choice.masked_fill_(choice < edge, -torch.inf)
-
-    def _largest(self, choice: Tensor, count: int) -> Tensor:
-        """`[rows, count]`, or all, largest logits of the whole vocabulary in falling order."""
-        largest = choice.topk(min(count, choice.shape[1]), dim=1).values
-        if self._group is None or self._group.size() == 1:
-            return largest
-        largest = F.pad(largest, (0, count - largest.shape[1]), value=-torch.inf)
-        return all_gather_last_dim(largest, self._group).topk(count, dim=1).values
-
-    def _nucleus_edge(self, choice: Tensor) -> Tensor:
-        """The smallest logit of each row's nucleus, `[rows, 1]`.
-
-        Finds the largest x for which the tokens with logits of at least x have mass p, digit by
-        digit of its binary form: each pass sums the mass by the next digit, over all ranks, among
-        the tokens that agree in the digits before. Four histograms of 256 numbers a row are
-        exchanged, whatever the vocabulary.
-        """
-        num_rows, num_columns = choice.shape
-        peak = self._over_ranks_max(choice.amax(dim=1, keepdim=True))
-        weights = (choice - peak).exp_().double().flatten()
-        ordered = _order_preserving(choice).flatten()
-        rows = torch.arange(num_rows, device=choice.device).repeat_interleave(num_columns)
-        edge = ordered.new_zeros(num_rows)
-        above = weights.new_zeros(num_rows, 1)
-        wanted = weights.new_full((num_rows, 1), -1.0)
-        for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-            histogram = weights.new_zeros(num_rows, 1 << _DIGIT_BITS)
-            digits = (ordered >> shift) & ((1 << _DIGIT_BITS) - 1)
-            histogram.view(-1).index_add_(0, (rows << _DIGIT_BITS) + digits, weights)
-            if self._group is not None:
-                all_reduce_sum(histogram, self._group)
-            if shift == 32 - _DIGIT_BITS:
-                wanted = self._config.top_p * histogram.sum(dim=1, keepdim=True)
-            from_top = histogram.flip(1).cumsum(dim=1).flip(1) + above
-            # The mass falls with the digit: count the digits that still reach p.
-            digit = (from_top >= wanted).sum(dim=1, keepdim=True).sub_(1).clamp_(min=0)
-            above = from_top.gather(1, digit) - histogram.gather(1, digit)
-            edge |= digit.squeeze(1) << shift
-            agreeing = (digits == digit.squeeze(1)[rows]).nonzero().squeeze(1)
-            rows, ordered, weights = rows[agreeing], ordered[agreeing], weights[agreeing]
-        return _order_restoring(edge)[:, None]
-
-    def _over_ranks_max(self, values: Tensor) -> Tensor:
-        """`[rows, 1]` numbers to their largest over the vocabulary's group."""
-        if self._group is None:
-            return values
-        return all_gather_last_dim(values, self._group).amax(dim=1, keepdim=True)
-
-    def _combine(self, drawn: Drawn) -> SampledTokens:
-        """The winner over all ranks, from one exchange of four numbers a row."""
-        tokens, chosen, total = drawn.columns + self._start, drawn.chosen, drawn.totals
-        if self._group is not None and self._group.size() > 1:
-            mine = torch.stack([drawn.scores, tokens.double(), chosen.double(), total.double()])
-            ranks = all_gather_rows(mine[None], self._group)
-            winner = ranks[:, 0].argmax(dim=0, keepdim=True)  # the lowest rank of equal ones
-            tokens, chosen = (ranks[:, i].gather(0, winner).squeeze(0) for i in (1, 2))
-            total = ranks[:, 3].logsumexp(dim=0)
-        return SampledTokens(tokens=tokens.long(), logprobs=(chosen - total).float())
-
-
-def _order_preserving(x: Tensor) -> Tensor:
-    """float32 numbers to int64 in [0, 2**32) in the same order."""
-    bits = x.view(torch.int32)
-    flipped = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return flipped.long() + (1 << 31)
-
-
-def _order_restoring(ordered: Tensor) -> Tensor:
-    """Inverse of `_order_preserving`."""
-    flipped = (ordered - (1 << 31)).int()
-    return torch.where(flipped < 0, flipped ^ 0x7FFFFFFF, flipped).view(torch.float32)

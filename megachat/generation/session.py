@@ -14,7 +14,7 @@ from megachat.generation.blocks import BlockAllocator
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
 from megachat.generation.runner import ModelRunner
-from megachat.generation.sampling import History, Sampler
+from megachat.generation.sampling import Sampler
 from megachat.generation.scheduler import (
     DecodeRequest,
     DecodeScheduler,
@@ -22,6 +22,7 @@ from megachat.generation.scheduler import (
     SampledRow,
     Schedule,
 )
+from megachat.ops.sample import History
 from megachat.records import PromptBatch
 
 

@@ -121,8 +121,8 @@ def sample(
     min_new_tokens: int,
     first_group: int,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chooses a column of each row of logits, of any stride between rows.
+) -> Tensor:
+    """Chooses a token of each row of logits, of any stride between rows.
 
     Args:
         logits: `[rows, columns]`.
@@ -132,7 +132,7 @@ def sample(
         temperature: As the operation.
 
     Returns:
-        Columns, scores, chosen logits and totals.
+        The parts.
     """
     if logits.stride(1) != 1 or logits.device.type != "cpu":
         raise KernelError(
@@ -141,19 +141,14 @@ def sample(
         )
     check_tensors("sample", (logits[:1],), indices=indices)
     rows, columns = logits.shape
-    results = (
-        torch.empty(rows, dtype=torch.int64),
-        torch.empty(rows, dtype=torch.float64),
-        torch.empty(rows, dtype=torch.float32),
-        torch.empty(rows, dtype=torch.float32),
-    )
+    parts = torch.empty(4, rows, dtype=torch.float64)
     counts = (len(indices[2]), len(indices[3]))
     _call(
         "sample",
-        (logits, *indices, *results),
+        (logits, *indices, parts),
         (logits.stride(0), rows, columns, *counts, min_new_tokens, first_group, temperature),
     )
-    return results
+    return parts
 
 
 def all_reduce_bytes(*, ranks: int, place_bytes: int) -> int:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ LAUNCHERS: dict[str, tuple[type, ...]] = {
     "paged_attention_decode_splits": (_INT,) * 5,
     "paged_attention_decode_workspace": (_INT,) * 4,
     "paged_attention_prefill": (_INT, *[_POINTER] * 7, *[_INT] * 6, _POINTER),
-    "sample": (_INT, *[_POINTER] * 8, *[_INT] * 10, *[_FLOAT] * 3, _POINTER),
+    "sample": (_INT, *[_POINTER] * 9, *[_INT] * 9, *[_FLOAT] * 3, _POINTER),
+    "sample_combine": (*[_POINTER] * 3, *[_INT] * 2, _POINTER),
     "tiled_linear": (_INT, *[_POINTER] * 5, *[_LONG] * 2, *[_INT] * 6, _POINTER),
     "tiled_linear_splits": (_INT,) * 6,
     "tiled_linear_workspace": (_INT,) * 3,
@@ -81,7 +83,7 @@ class Launchers:
         return answer
 
     def launch(self, name: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
-        """Calls a launcher with a format, pointers, numbers and a stream.
+        """Calls a launcher with a format, if it takes one, pointers, numbers and a stream.
 
         Args:
             name: Of the launcher.
@@ -94,9 +96,8 @@ class Launchers:
         leader = tensors[0]
         assert leader is not None, "the first tensor says where to launch"
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        code = self._functions[name](
-            _FORMATS[leader.dtype], *pointers, *numbers, self._stream(leader.device)
-        )
+        formats = [_FORMATS[leader.dtype]] if LAUNCHERS[name][0] is _INT else []
+        code = self._functions[name](*formats, *pointers, *numbers, self._stream(leader.device))
         if code:
             shapes = [list(tensor.shape) for tensor in tensors if tensor is not None]
             raise KernelError(
@@ -262,49 +263,78 @@ def bias_residual_layer_norm(
     return results
 
 
-def sample(
-    logits: Tensor,
-    keys: Tensor,
-    positions: Tensor,
-    suppressed: Tensor,
-    stops: Tensor,
-    min_new_tokens: int,
-    first_group: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chooses a column of each row of logits, of any stride between rows that is in packs.
+class _SampleArguments(NamedTuple):
+    """Those of the operation, in the order of its schema; the history is optional."""
+
+    logits: Tensor
+    keys: Tensor
+    positions: Tensor
+    suppressed: Tensor
+    stops: Tensor
+    min_new_tokens: int
+    first_group: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    tokens: Tensor | None
+    lengths: Tensor | None
+    edges: Tensor | None
+
+
+def sample(*arguments: Any) -> Tensor:
+    """Chooses a token of each row of logits, of any stride between rows that is in packs.
+
+    Args:
+        arguments: As `_SampleArguments`.
 
     Returns:
-        Columns, scores, chosen logits and totals.
+        The parts.
     """
+    given = _SampleArguments(*arguments)
+    logits, tokens, edges = given.logits, given.tokens, given.edges
     if logits.stride(1) != 1:
         raise KernelError(
             f"sample needs logits with contiguous rows, got strides {logits.stride()}"
         )
     whole_row = logits.as_strided((1, logits.stride(0)), (1, 1))
-    _check("sample", (whole_row,), indices=(keys, positions, suppressed, stops))
-    (rows, columns), start = logits.shape, first_group * GROUP_TOKENS
-    parts = logits.new_empty(4, rows, dtype=torch.float64)
-    # The kernel names tokens by their id in the whole vocabulary.
-    suppressed, stops = (ids + start if start else ids for ids in (suppressed, stops))
+    indices = (given.keys, given.positions, given.suppressed, given.stops, tokens, given.lengths)
+    _check("sample", (whole_row,), indices=[index for index in indices if index is not None])
+    if edges is not None:
+        check_tensors("sample", (edges,), device=logits.device, dtypes=(torch.float32,))
+    parts, (rows, columns) = new_parts(logits), logits.shape
     launchers(logits.device).launch(
         "sample",
-        (logits, keys, positions, None, None, suppressed, stops, parts),
-        (rows, logits.stride(0), columns, 0, len(suppressed), len(stops), min_new_tokens, start)
-        + (1, 0, temperature, 1.0, 1.0),  # ranks, top-k; top-p and penalty do nothing
+        (logits, given.keys, given.positions, tokens, given.lengths, edges)
+        + (given.suppressed, given.stops, parts),
+        (rows, logits.stride(0), columns, tokens.shape[1] if tokens is not None else 0)
+        + (len(given.suppressed), len(given.stops), given.min_new_tokens)
+        + (given.first_group * GROUP_TOKENS, given.top_k)
+        + (given.temperature, given.top_p, given.repetition_penalty),
     )
-    scores, tokens, chosen, totals = parts
-    return tokens.long() - start, scores.clone(), chosen.float(), totals.float()
+    return parts
 
 
-def new_draws(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Columns, scores, chosen logits and totals."""
-    rows = len(logits)
+def new_parts(logits: Tensor, *_: object) -> Tensor:
+    """`[4, rows]` float64."""
+    return logits.new_empty(4, len(logits), dtype=torch.float64)
+
+
+def sample_combine(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and their log-probs from the parts of all ranks."""
+    check_tensors("sample_combine", (parts,), device=parts.device, dtypes=(torch.float64,))
+    results = new_sampled_tokens(parts)
+    ranks, _, rows = parts.shape
+    launchers(parts.device).launch("sample_combine", (parts, *results), (ranks, rows))
+    return results
+
+
+def new_sampled_tokens(parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probs."""
+    rows = parts.shape[2]
     return (
-        logits.new_empty(rows, dtype=torch.int64),
-        logits.new_empty(rows, dtype=torch.float64),
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.float32),
+        parts.new_empty(rows, dtype=torch.int64),
+        parts.new_empty(rows, dtype=torch.float32),
     )
 
 

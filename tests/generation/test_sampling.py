@@ -1,5 +1,8 @@
 """The rules by which tokens are chosen, against exact distributions computed with numpy."""
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,17 +13,14 @@ from torch import Tensor
 
 from megachat.errors import ConfigError
 from megachat.generation.config import SamplingConfig
-from megachat.generation.sampling import (
-    GROUP_TOKENS,
-    History,
-    SampledTokens,
-    Sampler,
-    VocabularySlice,
-    request_keys,
-)
+from megachat.generation.sampling import SampledTokens, Sampler, VocabularySlice, request_keys
+from megachat.ops.philox import GROUP_TOKENS
+from megachat.ops.registry import Backend
+from megachat.ops.sample import History
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from tests.harness import run_ranks
+from tests.kernels.emulated import emulated_cuda
 
 VOCAB = 12
 LOGITS = torch.tensor([1.2, -0.4, 0.3, 2.1, -1.5, 0.0, 0.7, -0.2, 1.6, -2.2, 0.5, -0.9])
@@ -215,7 +215,7 @@ def _wide_logits(rows: int, *, scale: float = 1.5) -> Tensor:
     return (torch.randn(rows, WIDE, generator=generator) * scale).bfloat16().float()
 
 
-def _wide_samples(tensor: int) -> dict[str, SampledTokens]:
+def _wide_samples(tensor: int, backend: Backend = Backend.REFERENCE) -> dict[str, SampledTokens]:
     """What every rule chooses on this rank of a vocabulary cut over `tensor` ranks."""
     group = ProcessGroups.create(ParallelLayout(tensor=tensor)).tensor
     width = -(-WIDE // (GROUP_TOKENS * tensor)) * GROUP_TOKENS
@@ -228,16 +228,18 @@ def _wide_samples(tensor: int) -> dict[str, SampledTokens]:
         lengths=torch.arange(90) % 20 + 1,
     )
     found = {}
-    for name, config in WIDE_CONFIGS.items():
-        sampler = Sampler(
-            config,
-            stop_ids=(3, 300, 600),
-            suppressed_ids=(1, 200, 699),
-            vocabulary=VocabularySlice(start=start, size=size, group=group),
-        )
-        found[name] = sampler.sample(
-            logits, keys=torch.arange(90), positions=torch.arange(90) % 5, history=history
-        )
+    with emulated_cuda() if backend is Backend.CUDA else contextlib.nullcontext():
+        for name, config in WIDE_CONFIGS.items():
+            sampler = Sampler(
+                config,
+                stop_ids=(3, 300, 600),
+                suppressed_ids=(1, 200, 699),
+                vocabulary=VocabularySlice(start=start, size=size, group=group),
+                backend=backend,
+            )
+            found[name] = sampler.sample(
+                logits, keys=torch.arange(90), positions=torch.arange(90) % 5, history=history
+            )
     return found
 
 
@@ -247,12 +249,19 @@ def wide_samples() -> dict[str, SampledTokens]:
     return run_ranks(1, _wide_samples, 1)[0]
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_a_vocabulary_cut_over_ranks_gives_the_same_tokens(
-    tensor: int, wide_samples: dict[str, SampledTokens]
+@pytest.mark.parametrize(
+    ("tensor", "backend"),
+    [
+        *((tensor, Backend.REFERENCE) for tensor in (2, 4)),
+        *((tensor, Backend.CPU) for tensor in (1, 2)),
+        *((tensor, Backend.CUDA) for tensor in (1, 2, 4)),
+    ],
+)
+def test_every_backend_and_a_vocabulary_cut_over_ranks_give_the_same_tokens(
+    tensor: int, backend: Backend, wide_samples: dict[str, SampledTokens]
 ) -> None:
-    """Also where a rank's slice is partly or, of four, wholly padding."""
-    for found in run_ranks(tensor, _wide_samples, tensor):
+    """Also where a rank's slice is partly or, of four, wholly padding; CUDA on the emulator."""
+    for found in run_ranks(tensor, _wide_samples, tensor, backend):
         for name, expected in wide_samples.items():
             assert torch.equal(found[name].tokens, expected.tokens), name
             torch.testing.assert_close(found[name].logprobs, expected.logprobs, atol=1e-5, rtol=0)
@@ -330,6 +339,50 @@ def test_a_repetition_penalty_makes_said_tokens_less_likely_in_the_choice_alone(
     np.testing.assert_allclose(shares, _softmax(np.array([1.0, 1.5, -2.0, -1.2])), atol=0.015)
     with pytest.raises(ConfigError, match="repetition_penalty 2.0 needs the tokens so far"):
         sampler.sample(logits, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_cuda_backend_chooses_by_every_combination_of_rules_what_torch_does(
+    temperature: float, dtype: torch.dtype
+) -> None:
+    """On the emulator: rows of 389 columns with padding behind them, ragged histories."""
+    rows = 8
+    generator = torch.Generator().manual_seed(4)
+    logits = (2 * torch.randn(rows, 400, generator=generator)).to(dtype)[:, :389]
+    history = History(
+        tokens=torch.cat([logits.topk(7, dim=1).indices, torch.full((rows, 3), 388)], dim=1),
+        lengths=torch.arange(rows) + 1,
+    )
+    keys, positions = torch.arange(rows) * 7919, torch.arange(rows) % 3
+    likely = logits.float().argmax(dim=1).tolist()
+    tokens = {}
+    for rules in itertools.product((1.0, 1.6), (0, 5), (1.0, 0.5), (1, 3)):
+        penalty, top_k, top_p, min_new_tokens = rules
+        config = SamplingConfig(
+            temperature=temperature,
+            repetition_penalty=penalty,
+            top_k=top_k,
+            top_p=top_p,
+            min_new_tokens=min_new_tokens,
+        )
+        found = []
+        with emulated_cuda():
+            for backend in (Backend.CUDA, Backend.REFERENCE):
+                sampler = Sampler(
+                    config, stop_ids=likely[:4], suppressed_ids=likely[4:6], backend=backend
+                )
+                found.append(
+                    sampler.sample(logits, keys=keys, positions=positions, history=history)
+                )
+        assert torch.equal(found[0].tokens, found[1].tokens), config
+        torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=2e-6, rtol=1e-6)
+        tokens[rules] = found[0].tokens.tolist()
+    plain = tokens[1.0, 0, 1.0, 1]
+    assert plain != tokens[1.6, 0, 1.0, 1] and plain != tokens[1.0, 0, 1.0, 3]
+    # Each rule alone moves the token of some row; truncation is nothing to the largest logit.
+    for top_k, top_p in ((5, 1.0), (0, 0.5)):
+        assert (plain == tokens[1.0, top_k, top_p, 1]) == (temperature == 0)
 
 
 def test_a_slice_that_does_not_start_at_a_group_is_refused() -> None:

@@ -18,6 +18,7 @@ from megachat.generation.kv_cache import block_bytes
 from megachat.generation.session import SessionStatistics
 from megachat.model import OptConfig
 from megachat.model.opt import OptModel
+from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.scoring import ResponseLogprobs
@@ -25,6 +26,7 @@ from megachat.training.engine import ForwardEngine
 from tests.generation import reference as gen
 from tests.generation.reference import CONFIGS
 from tests.harness import run_ranks
+from tests.kernels.emulated import emulated_cuda
 from tests.model import reference as ref
 
 NUM_PROMPTS, NEW_TOKENS = 200, 8
@@ -308,6 +310,34 @@ def test_a_stream_gives_the_tokens_of_generate_as_they_come() -> None:
     # Prompts come together, then one token each: nobody waits for another's whole answer.
     assert [token.row for token in whole[:5]] == [0, 1, 2, 3, 4]
     assert resident > 0
+
+
+def _on_cuda(tensor: int) -> list[tuple[Rollout, Rollout]]:
+    """Answers of the CUDA kernels, on their emulator, beside those of plain torch."""
+    config = replace(ref.PRE_LN, hidden=128, heads=2, ffn=64, layers=1, embed_dim=128)
+    model = ref.build_model(
+        config, ParallelLayout(tensor=tensor), reference=gen.oracle(config), vocab_multiple=256
+    )
+    prompts, answers = _prompts(config, 6, distinct=4), []
+    way = Way(block_size=16)
+    for sampling in (PENALIZED, PENALIZED.model_copy(update={"top_k": 20, "min_new_tokens": 4})):
+        pair = []
+        for backend in (Backend.CUDA, Backend.REFERENCE):
+            settings = way.config(config, tensor=tensor, dtype=torch.float32)
+            with emulated_cuda():
+                generator = _generator(model, settings.model_copy(update={"backend": backend}))
+                pair.append(generator.generate(prompts, sampling=sampling, seed=5))
+        answers.append((pair[0], pair[1]))
+    return answers
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_cuda_kernels_penalise_and_truncate_what_was_said_as_torch_does(tensor: int) -> None:
+    for answers in run_ranks(tensor, _on_cuda, tensor):
+        for found, expected in answers:
+            assert _rows(found) == _rows(expected)
+            torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
+        assert _rows(answers[0][0]) != _rows(answers[1][0])
 
 
 def _refusals() -> list[str]:

@@ -6,7 +6,7 @@ rows have more than one allowed token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,13 +44,17 @@ class Inputs:
     """[rows, width]; NaN behind `columns`."""
     columns: int
     config: SamplingConfig
+    """Its top-k and top-p are without meaning where there are edges."""
     keys: Tensor
     positions: Tensor
     history: Tensor
     history_lengths: Tensor
     suppressed: tuple[int, ...] = ()
+    """Tokens of the whole vocabulary, as the others; the kernel is given columns."""
     stops: tuple[int, ...] = ()
     vocab_start: int = 0
+    edges: Tensor | None = None
+    """[rows] float32."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,6 @@ class CombineCase(Case):
     expected: Tensor
     exact: Tensor
 
-    @property
-    def function(self) -> str:
-        return "megachat_sample_combine"
-
     def wrong_result(self) -> str:
         if not torch.equal(self.tokens, self.expected):
             return f"tokens are {self.tokens.tolist()}, right are {self.expected.tolist()}"
@@ -126,7 +126,6 @@ def sample_case(
     suppressed: Sequence[int] = (),
     stops: Sequence[int] = (),
     vocab_start: int = 0,
-    ranks: int = 1,
 ) -> SampleCase:
     """Random logits, NaN behind the columns that mean something; any key, positions up to 2**32.
 
@@ -152,21 +151,33 @@ def sample_case(
         stops=tuple(stops),
         vocab_start=vocab_start,
     )
-    return case_of(inputs, ranks=ranks)
+    return case_of(inputs)
 
 
-def case_of(inputs: Inputs, *, ranks: int = 1) -> SampleCase:
+def edges_case(dtype: torch.dtype, *, columns: int, keep: int, rows: int = 3) -> SampleCase:
+    """A row keeps one token more than the row before it, and the first one `keep`, by its edge."""
+    config = SamplingConfig(top_k=1, top_p=0.01, repetition_penalty=1.5)
+    inputs = sample_case(dtype, columns=columns, config=config, rows=rows).inputs
+    falling = [-np.sort(-_choice(inputs, row)[1]) for row in range(rows)]
+    edges = torch.tensor([falling[row][keep + row - 1] for row in range(rows)]).float()
+    return case_of(replace(inputs, edges=edges))
+
+
+def case_of(inputs: Inputs) -> SampleCase:
     """The call for some inputs."""
-    config = inputs.config
+    config, start = inputs.config, inputs.vocab_start
     parts = torch.full((4, len(inputs.logits)), torch.nan, dtype=torch.float64)
-    ids = [torch.tensor(ids) if ids else None for ids in (inputs.suppressed, inputs.stops)]
+    columns = [
+        torch.tensor(ids) - start if ids else None for ids in (inputs.suppressed, inputs.stops)
+    ]
     return SampleCase(
         kernel="sample",
         arguments=(
             *(FORMATS[inputs.logits.dtype], inputs.logits, inputs.keys, inputs.positions),
-            *(inputs.history, inputs.history_lengths, *ids, parts, *inputs.logits.shape),
+            *(inputs.history, inputs.history_lengths, inputs.edges, *columns, parts),
+            *inputs.logits.shape,
             *(inputs.columns, inputs.history.shape[1], len(inputs.suppressed), len(inputs.stops)),
-            *(config.min_new_tokens, inputs.vocab_start, ranks, config.top_k),
+            *(config.min_new_tokens, start, config.top_k),
             *(config.temperature, config.top_p, config.repetition_penalty, None),
         ),
         inputs=inputs,
@@ -188,7 +199,7 @@ def combine_case(*, ranks: int, rows: int) -> CombineCase:
     chosen = parts[winner, :, torch.arange(rows)]
     tokens, logprobs = torch.full((rows,), -1), torch.full((rows,), torch.nan)
     return CombineCase(
-        kernel="sample",
+        kernel="sample_combine",
         arguments=(parts, tokens, logprobs, ranks, rows, None),
         tokens=tokens,
         logprobs=logprobs,
@@ -221,14 +232,16 @@ def _allowed(inputs: Inputs, row: int, choice: Float64s) -> dict[int, float]:
     if inputs.config.temperature == 0:
         return {int(choice.argmax()): float(choice.max())}
     allowed: dict[int, float] = {}
-    for edge in _edges(inputs, choice):
+    for edge in _edges(inputs, row, choice):
         kept = np.where(choice >= edge, choice, -np.inf)
         allowed |= _winners(inputs, row, kept)
     return allowed
 
 
-def _edges(inputs: Inputs, choice: Float64s) -> set[float]:
+def _edges(inputs: Inputs, row: int, choice: Float64s) -> set[float]:
     """The lowest logit that is kept; several where the nucleus ends at its mass's round-off."""
+    if inputs.edges is not None:
+        return {float(inputs.edges[row])}
     config = inputs.config
     falling = -np.sort(-choice)
     if config.top_k:

@@ -8,9 +8,9 @@ from megachat.generation.config import SamplingConfig
 from tests.kernels.build import Variant
 from tests.kernels.cases import Case
 from tests.kernels.faults import Fault
-from tests.kernels.sample_cases import combine_case, sample_case
+from tests.kernels.sample_cases import combine_case, edges_case, sample_case
 
-SAMPLE = "sample"
+SAMPLE, COMBINE = "sample", "sample_combine"
 ONE_ROW = "sample of one row"
 """For ThreadSanitizer, which takes long."""
 
@@ -37,8 +37,9 @@ CASES: dict[str, tuple[Callable[[], Case], ...]] = {
         lambda: sample_case(
             torch.bfloat16, columns=40, rows=6, deviation=0.5, config=SamplingConfig(top_k=1)
         ),
-        lambda: combine_case(ranks=3, rows=3),
+        lambda: edges_case(torch.bfloat16, columns=40, keep=1, rows=6),
     ),
+    COMBINE: (lambda: combine_case(ranks=3, rows=3),),
     ONE_ROW: (
         lambda: sample_case(
             torch.bfloat16, columns=140, rows=1, config=SamplingConfig(top_k=9, top_p=0.5)
@@ -89,6 +90,7 @@ FAULTS = (
     ),
     Fault("one token fewer kept", SAMPLE, "reached + at >= wanted", "reached + at > wanted"),
     Fault("edge itself cut", SAMPLE, "if (x[i] < lowest)", "if (x[i] <= lowest)"),
+    Fault("edge of another row", SAMPLE, "return a.edges[at];", "return a.edges[at == 0];"),
     Fault("all digits but one forgotten", SAMPLE, "kDigits = 3", "kDigits = 1"),
     Fault("top-p of the mass of everything", SAMPLE, "row, edge.ordered, mass", "row, 0, mass"),
     Fault(
@@ -102,6 +104,12 @@ FAULTS = (
         SAMPLE,
         "min(a_.history_lengths[row_], static_cast<int64_t>(a_.history_width))",
         "a_.history_width",
+    ),
+    Fault(
+        "forbidden columns taken for tokens",
+        SAMPLE,
+        "a_.num_stops, 0)",
+        "a_.num_stops, a_.vocab_start)",
     ),
     Fault(
         "stops forbidden a token too long", SAMPLE, "+ 1 < a_.min_new_tokens", "< a_.min_new_tokens"
@@ -141,7 +149,7 @@ FAULTS = (
     ),
     Fault(
         "last rank of equal ones",
-        SAMPLE,
+        COMBINE,
         "part(rank, 0) > part(winner, 0)",
         "part(rank, 0) >= part(winner, 0)",
     ),

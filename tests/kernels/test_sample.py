@@ -7,10 +7,17 @@ import torch
 from torch import Tensor
 
 from megachat.generation.config import SamplingConfig
-from megachat.generation.sampling import History, Sampler
-from megachat.ops.sample import GROUP_TOKENS, DrawRules, sample
+from megachat.generation.sampling import Sampler
+from megachat.ops.sample import GROUP_TOKENS, DrawRules, History, sample
 from tests.kernels.launch import FORMATS, FORWARD, INVALID_VALUE, ORDERS, RANDOM, Order, run_here
-from tests.kernels.sample_cases import Inputs, SampleCase, case_of, combine_case, sample_case
+from tests.kernels.sample_cases import (
+    Inputs,
+    SampleCase,
+    case_of,
+    combine_case,
+    edges_case,
+    sample_case,
+)
 
 CONFIGS = {
     "plain": SamplingConfig(),
@@ -93,7 +100,6 @@ def test_the_sampler_that_runs_chooses_the_same_tokens(name: str) -> None:
 def test_a_rank_leaves_what_the_operation_says_of_its_slice(
     temperature: float, dtype: torch.dtype
 ) -> None:
-    """The operation is for plain rules, and names columns where the kernel names tokens."""
     start, suppressed, stops = 10 * GROUP_TOKENS, (1281, 1297), (1282, 1500)
     case = sample_case(
         dtype,
@@ -103,7 +109,6 @@ def test_a_rank_leaves_what_the_operation_says_of_its_slice(
         suppressed=suppressed,
         stops=stops,
         vocab_start=start,
-        ranks=4,
     )
     assert case.fault_here(FORWARD) == ""
     assert not case.tied_rows
@@ -115,12 +120,12 @@ def test_a_rank_leaves_what_the_operation_says_of_its_slice(
         temperature=temperature,
     )
     inputs = case.inputs
-    expected = sample.reference(inputs.logits[:, :300], inputs.keys, inputs.positions, rules)
-    scores, tokens, chosen, totals = case.parts
-    assert torch.equal(tokens.long() - start, expected.columns)
-    assert torch.equal(chosen, expected.chosen.double())
-    torch.testing.assert_close(scores, expected.scores, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(totals, expected.totals.double(), rtol=1e-6, atol=0)
+    expected = sample.reference(
+        inputs.logits[:, :300], keys=inputs.keys, positions=inputs.positions, rules=rules
+    )
+    assert torch.equal(case.parts[1:3], expected[1:3])  # tokens, their logits
+    torch.testing.assert_close(case.parts[0], expected[0], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(case.parts[3], expected[3], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 127, 128, 129, 4104, 50272])
@@ -186,7 +191,7 @@ def test_ranks_with_slices_choose_what_one_with_everything_does(temperature: flo
         logits = torch.full((16, 256), torch.nan)
         logits[:, :columns] = whole.inputs.logits[:, start : start + columns]
         inputs = replace(whole.inputs, logits=logits, columns=columns, vocab_start=start)
-        case = case_of(inputs, ranks=3)
+        case = case_of(inputs)
         assert run_here(case.source, case.function, case.arguments, FORWARD).code == 0
         parts.append(case.parts)
     tokens, logprobs = combined(parts)
@@ -195,8 +200,18 @@ def test_ranks_with_slices_choose_what_one_with_everything_does(temperature: flo
 
 
 def test_a_slice_of_a_rank_is_scored_with_its_own_groups_noise() -> None:
-    case = sample_case(torch.bfloat16, columns=300, vocab_start=1280, ranks=4)
+    case = sample_case(torch.bfloat16, columns=300, vocab_start=1280)
     assert case.fault_here(FORWARD) == ""
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_edges_say_what_is_kept_whatever_top_k_and_top_p_are(dtype: torch.dtype) -> None:
+    """The first row has but one token to choose, which is the edge itself."""
+    case = edges_case(dtype, columns=WIDE, keep=1, rows=24)
+    assert case.fault_here(FORWARD) == ""
+    assert not case.tied_rows
+    assert case.inputs.edges is not None
+    assert (case.parts[2] >= case.inputs.edges).all()
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.name)
@@ -237,13 +252,14 @@ def test_where_every_token_is_forbidden_the_first_is_chosen_as_the_sampler_does(
 def test_no_rows_are_no_launch() -> None:
     case = sample_case(torch.float32, columns=8, rows=0)
     assert run_here(case.source, case.function, case.arguments, FORWARD).code == 0
+    combine = combine_case(ranks=1, rows=1)
     arguments = (None, None, None, 1, 0, None)
-    assert run_here(case.source, "megachat_sample_combine", arguments, FORWARD).code == 0
+    assert run_here(combine.source, combine.function, arguments, FORWARD).code == 0
 
 
 NAMES = (
-    "format logits keys positions history history_lengths suppressed stops parts rows width "
-    "columns history_width num_suppressed num_stops min_new_tokens vocab_start ranks top_k "
+    "format logits keys positions history history_lengths edges suppressed stops parts rows width "
+    "columns history_width num_suppressed num_stops min_new_tokens vocab_start top_k "
     "temperature top_p penalty stream"
 ).split()
 
@@ -260,9 +276,6 @@ NAMES = (
         {"width": 65544, "columns": 65537},
         {"vocab_start": 64},
         {"vocab_start": -128},
-        {"ranks": 0},
-        {"ranks": 2, "top_k": 5},
-        {"ranks": 2, "top_p": 0.5},
         {"top_k": -1},
         {"temperature": -1.0},
         {"temperature": float("nan")},

@@ -6,6 +6,7 @@ What the kernels compute is tested in `tests/kernels`; here it is that the right
 import ctypes
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,16 @@ import megachat.ops.tiled_linear
 from megachat.errors import KernelError
 from megachat.ops import cuda_kernels
 from megachat.ops.build import Recipe
+from megachat.ops.philox import GROUP_TOKENS
 from megachat.ops.registry import Backend, Op, registered_ops
-from megachat.ops.sample import DrawRules, sample
+from megachat.ops.sample import (
+    DrawRules,
+    History,
+    choices,
+    sample,
+    sample_combine,
+    scale,
+)
 from megachat.ops.tiled_linear import (
     FEW_TOKENS_CUDA,
     FEW_TOKENS_FUSED_CUDA,
@@ -30,6 +39,7 @@ from megachat.ops.tiled_linear import (
     tiled_linear_bias_relu,
 )
 from megachat.ops.token_logprobs import token_logprobs_backward, token_logprobs_forward
+from megachat.ops.truncation import lowest_kept
 from tests.kernels.build import KERNELS
 from tests.kernels.emulated import EmulatedLibrary, emulated_cuda
 from tests.ops.pages import make_pages
@@ -97,16 +107,21 @@ def _norm(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _sample(dtype: torch.dtype) -> tuple[Any, ...]:
-    """The second slice of a vocabulary, with padding behind it."""
+    """The second slice of a vocabulary, with padding behind it, as the schema has it."""
     logits = (_random(6, 400, dtype=dtype) * 3)[:, :389]
-    rules = DrawRules(
-        suppressed=torch.tensor([1, 130]),
-        stops=torch.tensor([2, 300]),
-        min_new_tokens=3,
-        first_group=4,
-        temperature=0.7,
+    history = torch.randint(400, 1000, (6, 11), generator=torch.Generator().manual_seed(2))
+    return (
+        *(logits, torch.arange(6) * 977 - 3, torch.arange(6)),
+        *(torch.tensor([1, 130]), torch.tensor([2, 300]), 3, 4, 0.7, 5, 0.9, 1.3),
+        *(history, torch.arange(6) + 1, torch.linspace(0, 4, 6)),
     )
-    return logits, torch.arange(6) * 977 - 3, torch.arange(6), rules
+
+
+def _combine(dtype: torch.dtype) -> tuple[Any, ...]:
+    parts = _random(3, 4, 5, dtype=dtype)
+    parts[:, 1] = torch.arange(15).view(3, 5) * 3000
+    parts[2, 0, 4] = parts[:2, 0, 4].max()
+    return (parts,)
 
 
 def _token_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,6 +150,7 @@ CASES: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     "paged_attention_decode": _decode,
     "paged_attention_prefill": _prefill,
     "sample": _sample,
+    "sample_combine": _combine,
     "tiled_linear": _linear,
     "tiled_linear_bias_relu": _linear_relu,
     "token_logprobs_backward": _log_backward,
@@ -173,11 +189,15 @@ def _assert_exact(op: Op, dtype: torch.dtype, device: str) -> None:
         assert ((mine.cpu().double() - other).abs().max() / scale).item() <= op.tolerance[dtype]
 
 
-NOT_SAMPLE = [op for op in DISPATCHED if op is not sample]
+EXACT = [(op, dtype) for op in DISPATCHED if op is not sample for dtype in op.tolerance]
+"""Not `sample`, of which rounding may decide: it has tests of its own."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", NOT_SAMPLE, ids=lambda op: op.name)
+def _name(value: Any) -> str:
+    return value.name if isinstance(value, Op) else str(value)
+
+
+@pytest.mark.parametrize(("op", "dtype"), EXACT, ids=_name)
 def test_the_backend_computes_what_the_reference_does_in_float64(
     op: Op, dtype: torch.dtype
 ) -> None:
@@ -185,8 +205,7 @@ def test_the_backend_computes_what_the_reference_does_in_float64(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", NOT_SAMPLE, ids=lambda op: op.name)
+@pytest.mark.parametrize(("op", "dtype"), EXACT, ids=_name)
 def test_a_gpu_computes_what_the_reference_does_in_float64(
     op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,26 +215,132 @@ def test_a_gpu_computes_what_the_reference_does_in_float64(
     _assert_exact(op, dtype, "cuda")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Rows of a slice of the vocabulary, and all that a draw is told of them."""
+
+    logits: Tensor
+    """[rows, columns], with padding behind each row."""
+    keys: Tensor
+    positions: Tensor
+    history: History
+    rules: DrawRules
+
+    def on(self, backend: Backend, *, device: str = "cpu", edges: bool = False) -> Tensor:
+        """The parts as a backend computes them, with edges that torch has found if asked."""
+        rules, history = self.rules, self.history
+        there = {
+            "keys": self.keys.to(device),
+            "positions": self.positions.to(device),
+            "history": History(
+                tokens=history.tokens.to(device), lengths=history.lengths.to(device)
+            ),
+            "rules": replace(
+                rules, suppressed=rules.suppressed.to(device), stops=rules.stops.to(device)
+            ),
+        }
+        # The rows keep their padding, as those that a model computes.
+        width = self.logits.stride(0)
+        padded = self.logits.as_strided((len(self.logits), width), (width, 1)).to(device)
+        logits, given = padded[:, : self.logits.shape[1]], None
+        if edges and rules.truncates:
+            choice = choices(
+                scale(logits, rules.temperature),
+                positions=there["positions"],
+                rules=there["rules"],
+                history=there["history"],
+            )
+            given = lowest_kept(choice, top_k=rules.top_k, top_p=rules.top_p)
+        return sample.on(backend)(logits, **there, edges=given).cpu()
+
+
+def _draws(
+    dtype: torch.dtype,
+    *,
+    temperature: float,
+    penalty: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_new_tokens: int = 3,
+) -> Draws:
+    """Twelve rows with histories of one token to all, some of it outside of the slice.
+
+    What is suppressed, may not stop yet or was said is among the likely tokens of some rows.
+    """
+    rows, columns, start = 12, 389, 4 * GROUP_TOKENS
+    logits = (_random(rows, 400, dtype=dtype) * 3)[:, :columns]
+    likely = logits.topk(3, dim=1).indices
+    elsewhere = torch.tensor([start - 1, start + columns]).expand(rows, 2)
+    history = torch.cat([likely + start, elsewhere, likely[:1].expand(rows, 3) + start], dim=1)
+    return Draws(
+        logits=logits,
+        keys=torch.arange(rows) * 977 - 3,
+        positions=torch.arange(rows) % 5,
+        history=History(tokens=history, lengths=torch.arange(rows) % history.shape[1] + 1),
+        rules=DrawRules(
+            suppressed=torch.cat([likely[1, :1], torch.tensor([388])]),
+            stops=torch.cat([likely[5:8, 0], torch.tensor([300])]),
+            min_new_tokens=min_new_tokens,
+            first_group=4,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=penalty,
+        ),
+    )
+
+
+def _assert_same_draws(found: Tensor, expected: Tensor) -> None:
+    """Scores and logsumexps to rounding, tokens and their logits to the last bit."""
+    torch.testing.assert_close(found[0], expected[0], atol=2e-6, rtol=1e-6)
+    assert torch.equal(found[1:3], expected[1:3])
+    torch.testing.assert_close(found[3], expected[3], atol=2e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_backend_draws_what_the_reference_draws(dtype: torch.dtype) -> None:
-    arguments = _sample(dtype)
-    found, expected = (sample.on(b)(*arguments) for b in (Backend.CUDA, Backend.REFERENCE))
-    assert torch.equal(found.columns, expected.columns)
-    torch.testing.assert_close(found.scores, expected.scores, atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(found.chosen, expected.chosen)
-    torch.testing.assert_close(found.totals, expected.totals)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 5000])
+@pytest.mark.parametrize("penalty", [0.6, 1.0, 1.7])
+def test_the_backend_draws_what_the_reference_draws_by_all_rules(
+    penalty: float, top_k: int, top_p: float, temperature: float, dtype: torch.dtype
+) -> None:
+    draws = _draws(dtype, temperature=temperature, penalty=penalty, top_k=top_k, top_p=top_p)
+    expected = draws.on(Backend.REFERENCE)
+    _assert_same_draws(draws.on(Backend.CUDA), expected)
+    _assert_same_draws(draws.on(Backend.CUDA, edges=True), expected)
 
 
-def _flat(op: Op, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Arguments as the schema has them: a record is its fields."""
-    arguments = CASES[op.name](dtype)
-    if op is not sample:
-        return arguments
-    *tensors, rules = arguments
-    return (
-        *tensors, rules.suppressed, rules.stops,
-        rules.min_new_tokens, rules.first_group, rules.temperature,
-    )  # fmt: skip
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (40, 1.0), (0, 0.8), (40, 0.8)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_gpu_draws_what_the_reference_draws_on_it(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Has not run: no GPU was there. An edge of top-k 1 is the kernel's own logit, or none is."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)
+    draws = _draws(dtype, temperature=temperature, penalty=1.7, top_k=top_k, top_p=top_p)
+    expected = draws.on(Backend.REFERENCE, device="cuda")
+    for edges in (False, True):
+        _assert_same_draws(draws.on(Backend.CUDA, device="cuda", edges=edges), expected)
+
+
+def test_stops_may_come_once_it_is_late_enough() -> None:
+    """Rows whose most likely token is a stop, at positions 0 to 2 of at least 1, 2 and 3 tokens."""
+    tokens = []
+    for min_new_tokens in (0, 1, 2, 3):
+        draws = _draws(torch.float32, temperature=0.0, min_new_tokens=min_new_tokens)
+        found = draws.on(Backend.CUDA)
+        _assert_same_draws(found, draws.on(Backend.REFERENCE))
+        tokens.append(found[1, 5:8])
+    assert [int((found == tokens[0]).sum()) for found in tokens] == [3, 3, 2, 1]
 
 
 @pytest.mark.parametrize("op", DISPATCHED, ids=lambda op: op.name)
@@ -223,14 +348,14 @@ def test_schema_and_fake_tell_what_the_kernel_does(op: Op) -> None:
     """torch's own check: what is written, what aliases, shapes, dtypes and strides of results."""
     torch.library.opcheck(
         getattr(torch.ops.megachat, op.name).default,
-        _flat(op, torch.bfloat16),
+        CASES[op.name](next(reversed(op.tolerance))),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
 @pytest.mark.parametrize("op", DISPATCHED, ids=lambda op: op.name)
 def test_on_fake_cuda_tensors_an_operation_gives_shapes_without_a_gpu(op: Op) -> None:
-    real = _flat(op, torch.bfloat16)
+    real = CASES[op.name](next(reversed(op.tolerance)))
     with FakeTensorMode():
         fake = [
             torch.empty(argument.shape, dtype=argument.dtype, device="cuda")
@@ -281,7 +406,16 @@ def test_what_a_kernel_would_misread_is_refused() -> None:
     with pytest.raises(KernelError, match="needs contiguous torch.int64 tensors on cpu"):
         token_logprobs_forward.on(Backend.CUDA)(logits, targets.int(), 264, 0.7)
     with pytest.raises(KernelError, match="contiguous rows"):
-        sample.on(Backend.CUDA)(torch.zeros(64, 4).t(), *_sample(torch.float32)[1:])
+        torch.ops.megachat.sample(torch.zeros(64, 4).t(), *_sample(torch.float32)[1:])
+    *before, tokens, lengths, edges = _sample(torch.float32)
+    with pytest.raises(KernelError, match="sample has no CPU kernel for torch.float64: use float3"):
+        torch.ops.megachat.sample(*before, tokens, lengths, edges.double())
+    with pytest.raises(KernelError, match="needs contiguous torch.int64 tensors"):
+        torch.ops.megachat.sample(*before, tokens.t(), lengths, edges)
+    with pytest.raises(KernelError, match=r"sample was not launched \(cudaError 1\) for shapes"):
+        torch.ops.megachat.sample(*before, None, None, edges)
+    with pytest.raises(KernelError, match="needs contiguous torch.float64 tensors"):
+        sample_combine.on(Backend.CUDA)(_combine(torch.float64)[0].transpose(0, 2))
 
 
 def test_a_shape_that_the_kernels_do_not_know_is_named() -> None:

@@ -249,7 +249,7 @@ def _elementwise(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_
         return norm(x, layer.fc2_bias, x, layer.norm1_weight, layer.norm1_bias, 1e-5)
 
     def run_draw(_: int) -> object:
-        return draw(logits, rows, rows, rules)
+        return draw(logits, keys=rows, positions=rows, rules=rules)
 
     for op, run, read in (
         ("bias_relu", run_relu, inner.nbytes),

@@ -32,8 +32,8 @@ from megachat.ops.decode_step import MOST_ROWS, CpuDecodeStep, DecodeLayer, Deco
 from megachat.ops.epilogues import bias_relu, bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode
 from megachat.ops.registry import Backend
-from megachat.ops.sample import DrawRules, sample
-from megachat.ops.tiled_linear import tiled_linear
+from megachat.ops.sample import DrawRules, sample, sample_combine
+from megachat.ops.tiled_linear import tiled_linear, tiled_linear_bias_relu
 from megachat.parallel.launch import Worker, num_cores
 from megachat.planner.decode_cost import SHARES, Limits, predict, work_of
 
@@ -181,11 +181,14 @@ def _inputs(model: DecodeModel, *shape: int) -> Tensor:
 
 def _products(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_Call]:
     layers, multiply = model.layers, tiled_linear.on(backend)
+    with_relu, bias = tiled_linear_bias_relu.on(backend), layers[0].fc1_bias
     for op, weights in (
         ("tiled_linear qkv", [layer.qkv_weight[None] for layer in layers]),
         ("tiled_linear proj", [layer.proj_weight for layer in layers]),
-        ("tiled_linear fc1", [layer.fc1_weight[None] for layer in layers]),
+        ("tiled_linear_bias_relu fc1", [layer.fc1_weight[None] for layer in layers]),
         ("tiled_linear fc2", [layer.fc2_weight for layer in layers]),
+        # As after a reshard from two tensor ranks to one.
+        ("tiled_linear fc2, 2 tiles", [_in_two_tiles(layer.fc2_weight) for layer in layers]),
         ("tiled_linear logits", [model.words[None]]),
     ):
         tiles, _, width = weights[0].shape
@@ -194,13 +197,22 @@ def _products(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_Cal
         def run(turn: int, x: Tensor = x, weights: list[Tensor] = weights) -> Tensor:
             return multiply(x, weights[turn % len(weights)])
 
+        def run_with_relu(turn: int, x: Tensor = x, weights: list[Tensor] = weights) -> Tensor:
+            return with_relu(x, weights[turn % len(weights)], bias)
+
         yield _Call(
             op=op,
             batch=batch,
-            run=run,
+            run=run_with_relu if "relu" in op else run,
             num_bytes=weights[0].nbytes,
             flops=2 * weights[0].numel() * batch,
         )
+
+
+def _in_two_tiles(weight: Tensor) -> Tensor:
+    """The same numbers in tiles of half as many inputs, in some order."""
+    _, outputs, width = weight.shape
+    return weight.view(2, outputs, width // 2)
 
 
 def _attention(model: DecodeModel, batch: int, context: int, backend: Backend) -> Iterator[_Call]:
@@ -232,7 +244,7 @@ def _attention(model: DecodeModel, batch: int, context: int, backend: Backend) -
 def _elementwise(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_Call]:
     layers, hidden = model.layers, model.positions.shape[1]
     relu, norm = bias_relu.on(backend), bias_residual_layer_norm.on(backend)
-    draw = sample.on(backend)
+    draw, combine = sample.on(backend), sample_combine.on(backend)
     x, inner = _inputs(model, batch, hidden), _inputs(model, batch, len(layers[0].fc1_bias))
     logits = _inputs(model, batch, len(model.words))
     rows = torch.arange(batch, device=logits.device)
@@ -248,13 +260,19 @@ def _elementwise(model: DecodeModel, batch: int, backend: Backend) -> Iterator[_
         layer = layers[turn % len(layers)]
         return norm(x, layer.fc2_bias, x, layer.norm1_weight, layer.norm1_bias, 1e-5)
 
-    def run_draw(_: int) -> object:
+    def run_draw(_: int) -> Tensor:
         return draw(logits, keys=rows, positions=rows, rules=rules)
+
+    parts = run_draw(0)[None]
+
+    def run_combine(_: int) -> object:
+        return combine(parts)
 
     for op, run, read in (
         ("bias_relu", run_relu, inner.nbytes),
         ("bias_residual_layer_norm", run_norm, 2 * x.nbytes),
         ("sample", run_draw, logits.nbytes),
+        ("sample_combine", run_combine, parts.nbytes),
     ):
         yield _Call(op=op, batch=batch, run=run, num_bytes=read, flops=0)
 

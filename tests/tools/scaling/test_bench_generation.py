@@ -1,11 +1,9 @@
 """The benchmark's engines answer alike, and its bytes and shares are what they say."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import generation_engines
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,32 +107,3 @@ def test_peers_that_cannot_be_compared_with_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         bench.measure({"random_weights": True, **options})
-
-
-_OPENVINO = """
-import json, pathlib, sys
-request = json.loads(sys.argv[1])
-prompts = json.loads(pathlib.Path(request["folder"], "prompts.json").read_text())
-assert pathlib.Path(request["folder"], "weights", "config.json").is_file()
-for _ in sys.stdin:
-    tokens = [[5] * (request["new"] - number) for number, _ in enumerate(prompts)]
-    print("reply", json.dumps({"prefill": 0.5, "total": 4.0, "tokens": tokens}), flush=True)
-"""
-
-
-def _beside_openvino(folder: str) -> None:
-    """With a stand-in for the script, which speaks as it does."""
-    script = Path(folder, "openvino_generation.py")
-    script.write_text(_OPENVINO)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation_engines, "OPENVINO_SCRIPT", script)
-        _measured(folder, {"peer": ["openvino"], "peer_python": sys.executable})
-
-
-def test_openvino_is_timed_by_what_its_process_says(tmp_path: Path) -> None:
-    run_ranks(1, _beside_openvino, str(tmp_path))
-    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    (theirs,) = (row for row in summary["engines"] if row["engine"] == "openvino")
-    assert theirs["tokens_per_second"] == (6 + 5) / 4.0
-    assert theirs["prefill_seconds"] == 0.5 and theirs["mean_tokens"] == 5.5
-    assert theirs["decode_ms_per_step"] == pytest.approx(1000 * 3.5 / 5)

@@ -21,7 +21,7 @@ def test_a_step_is_taken_for_each_line_and_timed(
     assert end.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert all(0 <= float(line.removeprefix("seconds ")) < 60 for line in lines)
+    assert all(0 <= float(line.removeprefix("reply ")) < 60 for line in lines)
 
 
 def test_the_tokenizer_has_the_control_ids_of_opt() -> None:

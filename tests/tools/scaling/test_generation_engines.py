@@ -1,4 +1,4 @@
-"""An engine in a process of its own is timed by what that says; the others: `test_bench_generation`."""
+"""An engine in another process is timed by what that says; the rest: `test_bench_generation`."""
 
 import sys
 from pathlib import Path

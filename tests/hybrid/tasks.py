@@ -19,12 +19,12 @@ from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, Rollout
 from megachat.rlhf.scoring import ResponseLogprobs
 from megachat.training.schedules import OptimizerConfig
 from tests.harness import run_ranks
+from tests.harness.groups import groups_of
 
 PRE_LN = OptConfig(
     vocab_size=150, max_positions=24, hidden=32, ffn=64, layers=2, heads=4, embed_dim=32,
@@ -129,7 +129,7 @@ def build(
     config = task.configs[number]
     model = OptModel(
         config,
-        groups=ProcessGroups.create(layout),
+        groups=groups_of(layout),
         head=Head.LANGUAGE_MODEL,
         options=ModelOptions(dtype=dtype, vocab_multiple=vocab_multiple_for(layout.tensor, degree)),
         seed=3,

@@ -14,7 +14,6 @@ from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.records import PromptBatch, SftBatch
 from megachat.rlhf.objectives import SftObjective
@@ -22,6 +21,7 @@ from megachat.rlhf.scoring import ResponseLogprobs
 from megachat.training.engine import TrainEngine
 from megachat.training.schedules import OptimizerConfig, ScheduleKind
 from tests.harness import RankError, run_ranks
+from tests.harness.groups import groups_of
 
 PRE_LN = OptConfig(
     vocab_size=150, max_positions=48, hidden=32, ffn=64, layers=4, heads=4, embed_dim=32,
@@ -77,7 +77,7 @@ def build(
     multiple = vocab_multiple_for(layout.tensor, generation_tensor)
     model = OptModel(
         config,
-        groups=ProcessGroups.create(layout),
+        groups=groups_of(layout),
         head=Head.LANGUAGE_MODEL,
         options=ModelOptions(dtype=dtype, vocab_multiple=multiple),
         seed=3,

@@ -20,13 +20,14 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 from megachat.model import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.collectives import all_reduce_sum
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
+from tests.harness.groups import groups_of
 
 SEQ, ROWS = 12, 2
 PRE_LN = OptConfig(
     vocab_size=131, max_positions=20, hidden=32, ffn=48, layers=4, heads=4, embed_dim=32
 )
+
 POST_LN = OptConfig(
     vocab_size=131,
     max_positions=20,
@@ -116,7 +117,7 @@ def build_model(
     """A model of ours on new groups, with the reference's or random weights."""
     model = OptModel(
         config,
-        groups=ProcessGroups.create(layout),
+        groups=groups_of(layout),
         head=head,
         options=ModelOptions(**options),
         seed=seed,

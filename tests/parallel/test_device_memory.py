@@ -21,10 +21,10 @@ from megachat.parallel.device_memory import (
     CudaDriver,
     MappedDeviceBuffer,
 )
-from megachat.parallel.groups import ProcessGroups
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks
+from tests.harness.groups import groups_of
 from tests.reshard.cases import PRE_LN, Case, build_actor
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_other_failures_ranges_sizes_and_a_missing_driver_are_named(driver: Cuda
 def _reshard(library: str) -> None:
     """A real reshard over an arena in mapped memory: own slots stay, foreign ones come and go."""
     case = Case(train=(2, 1, 1), generate=1)
-    groups = ProcessGroups.create(case.source)
+    groups = groups_of(case.source)
     plain = build_actor(case, WIDE, torch.float32, groups=groups)
     memory = MappedDeviceBuffer(plain.arena.num_bytes, CPU, driver=CudaDriver(library))
     plan, rank = plain.arena.plan, plain.arena.part.rank

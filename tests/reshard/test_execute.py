@@ -5,10 +5,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megachat.parallel.groups import ProcessGroups
 from megachat.reshard import HopOrder
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks
+from tests.harness.groups import groups_of
 from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, wrong_weights
 
 CASES: dict[int, list[Case]] = {
@@ -59,7 +59,7 @@ def _run_all(cases: list[Case], ranks_per_node: int | None) -> list[str]:
     """All problems of all cases, each in both norms and both dtypes."""
     problems = []
     for case in cases:
-        groups = ProcessGroups.create(case.source)
+        groups = groups_of(case.source)
         for config in (PRE_LN, POST_LN):
             for dtype in (torch.float32, torch.bfloat16):
                 actor = build_actor(
@@ -81,7 +81,7 @@ def _run_two_hops() -> list[str]:
     """The same with four ranks to a node, and the order in which layers land."""
     problems = []
     for case in TWO_HOPS:
-        groups = ProcessGroups.create(case.source)
+        groups = groups_of(case.source)
         actor = build_actor(case, POST_LN, torch.bfloat16, groups=groups, ranks_per_node=4)
         if actor.plan.order is not HopOrder.STAGES_FIRST:
             problems.append(f"{case} goes {actor.plan.order}")

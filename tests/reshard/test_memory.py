@@ -10,10 +10,10 @@ import torch
 
 from megachat.model.config import OptConfig
 from megachat.parallel.collectives import barrier
-from megachat.parallel.groups import ProcessGroups
 from megachat.reshard.execute import Resharder
 from megachat.reshard.ledger import ArenaLedger, arena_ledger
 from tests.harness import run_ranks
+from tests.harness.groups import groups_of
 from tests.reshard.cases import Case, build_actor
 
 WIDE = OptConfig(
@@ -67,7 +67,7 @@ class Growth:
 def _growth(world_size: int) -> list[Growth]:
     rows = []
     for case in CASES[world_size]:
-        groups = ProcessGroups.create(case.source)
+        groups = groups_of(case.source)
         actor = build_actor(case, WIDE, torch.float32, groups=groups)
         resharder = Resharder(actor.arena, actor.groups)
         rounds = []

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from megachat.model.config import OptConfig
-from megachat.parallel.groups import ProcessGroups
 from megachat.reshard.execute import Resharder
 from megachat.rlhf.objectives import SftObjective
 from megachat.training.engine import TrainEngine
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.storage import FlatStorage
 from tests.harness import run_ranks
+from tests.harness.groups import groups_of
 from tests.harness.weights import whole_weights
 from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, fill, sha256
 from tests.training.tasks import ROWS, sft_batch
@@ -87,7 +87,7 @@ def _pair(
     case: Case, config: OptConfig, dtype: torch.dtype
 ) -> tuple[Actor, TrainEngine, TrainEngine]:
     """Equal models: one trained in the arena, one beside it."""
-    groups = ProcessGroups.create(case.source)
+    groups = groups_of(case.source)
     actor, other = (build_actor(case, config, dtype, groups=groups) for _ in range(2))
     for one in (actor, other):
         _calm(one)

@@ -21,6 +21,7 @@ from megachat.rlhf.ppo import PPOTrainer
 from megachat.telemetry.timers import PhaseTimers
 from megachat.training.engine import ForwardEngine, TrainEngine
 from megachat.training.schedules import OptimizerConfig, ScheduleKind
+from tests.harness.groups import groups_of
 
 PAD, EOS = 1, 2
 TINY = OptConfig(
@@ -33,6 +34,7 @@ TINY = OptConfig(
     embed_dim=16,
     init_std=0.25,
 )
+
 """More than 128 tokens, so that both ranks of two hold real vocabulary."""
 STOPS = (EOS, *range(130, 145))
 """A tenth of the vocabulary, so that some responses end early and others are cut off."""
@@ -100,7 +102,7 @@ def trainer(
         logprob_backend: Who computes the log-probabilities.
     """
     layouts = {actor or ParallelLayout(), reward or ParallelLayout()}
-    groups = {layout: ProcessGroups.create(layout) for layout in sorted(layouts, key=str)}
+    groups = {layout: groups_of(layout) for layout in sorted(layouts, key=str)}
     policy_groups = groups[actor or ParallelLayout()]
     score_groups = groups[reward or ParallelLayout()]
     policy = opt_model(policy_groups, Head.LANGUAGE_MODEL, dtype=dtype)

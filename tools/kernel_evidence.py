@@ -52,10 +52,10 @@ INTRODUCTION = """\
 
 # CUDA kernels: what can be known without a GPU
 
-**No GPU has run any of these kernels.** Nothing on this page is a measurement, and nothing on it
-says how fast they are. It is what the compiler made of the sources, what its occupancy formula
-says, and how many bytes follow from shapes. That results are right is shown on an emulator
-(`kernels/README.md`).
+**Nothing on this page is a measurement**, and nothing on it says how fast the kernels are. It is
+what the compiler made of the sources, what its occupancy formula says, and how many bytes follow
+from shapes. That results are right is shown on an emulator (`kernels/README.md`); what a GPU made
+of them is in `docs/measurements/gpu.md`.
 """
 
 

@@ -57,7 +57,7 @@ class GenerationConfig(ConfigModel):
         default=Backend.REFERENCE,
         strict=False,
         description="Who computes the operations of a step: plain torch, our CPU kernels or our "
-        "CUDA kernels, which no GPU has run yet.",
+        "CUDA kernels.",
     )
     graphs: bool = Field(
         default=True,

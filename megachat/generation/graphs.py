@@ -37,7 +37,7 @@ class Recording:
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs, which share one pool of memory. No GPU has run this yet."""
+    """Records CUDA graphs, which share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         """Takes nothing from the device before the first recording."""

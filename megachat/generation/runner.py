@@ -15,8 +15,8 @@ from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
-from megachat.ops import cpu_kernels, cuda_kernels
 from megachat.ops.all_reduce import GroupSum, group_sum
+from megachat.ops.backends import prepare
 from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
@@ -56,10 +56,7 @@ class ModelRunner:
         Raises:
             KernelError: The backend lacks one of them, or cannot be built here.
         """
-        if backend is Backend.CPU:
-            cpu_kernels.prepare()
-        if backend is Backend.CUDA:
-            cuda_kernels.prepare(weights.words.device)
+        prepare(backend, weights.words.device)
         self._weights = weights
         self._cache = cache
         group = weights.groups.tensor

@@ -172,6 +172,55 @@ def all_reduce_post(
     )
 
 
+def token_logprobs_forward(
+    logits: Tensor, targets: Tensor, vocab_start: int, temperature: float
+) -> Tensor:
+    """What a slice of the vocabulary says about given tokens, in one call over all rows."""
+    targets = targets.contiguous()
+    check_tensors("token_logprobs_forward", (logits,), indices=(targets,))
+    statistics = logits.new_empty(4, len(logits), dtype=torch.float32)
+    _call(
+        "token_logprobs_forward",
+        (logits, targets, statistics),
+        (*logits.shape, vocab_start, float(temperature)),
+    )
+    return statistics
+
+
+def token_logprobs_backward(
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    vocab_start: int,
+    temperature: float,
+) -> Tensor:
+    """The gradient of a slice's logits; a gradient that is None is 0."""
+    name, targets = "token_logprobs_backward", targets.contiguous()
+    check_tensors(name, (logits,), indices=(targets,))
+    # Autograd's gradient of a sum is one number, expanded.
+    gradients = [
+        grad if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
+    ]
+    per_token = (logsumexp, entropy, *gradients)
+    arguments.check_tensors(
+        name,
+        [tensor for tensor in per_token if tensor is not None],
+        device=logits.device,
+        dtypes=(torch.float32,),
+    )
+    out = torch.empty_like(logits)
+    _call(
+        name,
+        (logits, targets, *per_token, out),
+        (*logits.shape, vocab_start, float(temperature)),
+        dtype=logits.dtype,
+    )
+    return out
+
+
 def all_reduce_collect(
     out: Tensor, region: Tensor, *, ranks: int, place_bytes: int, call: int
 ) -> int:
@@ -206,15 +255,18 @@ def decode_step(
 
 def _call(
     name: str,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     numbers: Sequence[_Number],
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Calls `megachat_<name>_<dtype>(pointers..., sizes..., threads)`; floats go as float32."""
-    kernel = getattr(load_library(), f"megachat_{name}_{_SUFFIX[dtype or tensors[0].dtype]}")
+    if dtype is None:
+        assert tensors[0] is not None, "the first tensor says which kernel it is"
+        dtype = tensors[0].dtype
+    kernel = getattr(load_library(), f"megachat_{name}_{_SUFFIX[dtype]}")
     kernel(
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors),
         *(
             ctypes.c_float(number) if isinstance(number, float) else ctypes.c_int64(number)
             for number in numbers

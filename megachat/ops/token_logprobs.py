@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megachat.errors import ConfigError
-from megachat.ops import cuda_kernels
+from megachat.ops import cpu_kernels, cuda_kernels
 from megachat.ops.registry import Backend, CudaKernel, Op, register
 from megachat.parallel.collectives import all_reduce_max, all_reduce_sum
 
@@ -125,22 +125,6 @@ def token_statistics(
         entropy=entropy.view(targets.shape),
         is_greedy=is_greedy.view(targets.shape),
     )
-
-
-def prepare(backend: Backend, device: torch.device) -> None:
-    """Looks for a backend's kernels, so that whoever configures it learns at once what is missing.
-
-    Args:
-        backend: Who is to compute log-probabilities.
-        device: Where the model is.
-
-    Raises:
-        KernelError: The backend has none, or they cannot be built here.
-    """
-    for op in (token_logprobs_forward, token_logprobs_backward):
-        op.on(backend)
-    if backend is Backend.CUDA:
-        cuda_kernels.prepare(device)
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -308,6 +292,7 @@ token_logprobs_forward = register(
         reference=_statistics_of_slice,
         # The result is float32 whatever the logits are.
         tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 1e-5),
+        backends={Backend.CPU: cpu_kernels.token_logprobs_forward},
         cuda=CudaKernel(
             launch=cuda_kernels.token_logprobs_forward, fake=cuda_kernels.new_token_statistics
         ),
@@ -325,6 +310,7 @@ token_logprobs_backward = register(
         ),
         reference=_gradient_of_slice,
         tolerance={torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4},
+        backends={Backend.CPU: cpu_kernels.token_logprobs_backward},
         cuda=CudaKernel(
             launch=cuda_kernels.token_logprobs_backward,
             fake=lambda logits, *_: torch.empty_like(logits),

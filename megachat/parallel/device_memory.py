@@ -5,8 +5,8 @@ again between phases, so that views, communicators and CUDA graphs keep their ad
 functions are those of "Virtual Memory Management" in the CUDA driver API (`cuMemAddressReserve`,
 `cuMemCreate`, `cuMemMap`, ...), called through ctypes: nothing links against the driver.
 
-No GPU has run this. The tests run it over a stand-in for the driver that maps host memory and
-refuses what the driver refuses.
+The tests run it over a stand-in for the driver that maps host memory and refuses what the driver
+refuses; those marked `gpu` run it over the driver.
 """
 
 import ctypes

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from megachat.errors import ConfigError, LayoutError
 from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
-from megachat.ops import token_logprobs
+from megachat.ops.backends import prepare
 from megachat.ops.registry import Backend
 from megachat.parallel.memory import MovableTensors
 from megachat.training.engine import ForwardEngine, TrainEngine
@@ -42,7 +42,7 @@ class RLHFEngine:
         Raises:
             LayoutError: Two roles' layouts have different world sizes.
             ConfigError: Two roles read different vocabularies.
-            KernelError: The backend of the log-probabilities does not compute them, or cannot be
+            KernelError: The backend of the log-probabilities is for other devices, or cannot be
                 built here.
         """
         policy = self.actor.training
@@ -64,7 +64,7 @@ class RLHFEngine:
                     f"the {name} has {config.vocab_size} vocabulary rows, the actor "
                     f"{policy.model.config.vocab_size}: all roles need one tokenizer"
                 )
-        token_logprobs.prepare(self.logprob_backend, policy.device)
+        prepare(self.logprob_backend, policy.device)
         if self.measures.offload_scorers:
             for engine in (self.reference, self.reward):
                 weights = MovableTensors(engine.model.parameters(), constant=True)

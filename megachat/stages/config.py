@@ -19,7 +19,6 @@ from megachat.model.config import (
     Recompute,
 )
 from megachat.ops.registry import Backend
-from megachat.ops.token_logprobs import token_logprobs_forward
 from megachat.parallel.launch import LaunchConfig
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig
@@ -163,8 +162,8 @@ class PolicySection(RoleSection):
         default=Backend.REFERENCE,
         strict=False,
         description="Who computes log-probabilities and entropies from the logits, in scoring and "
-        "in the losses of the supervised stage and of PPO: plain torch (`reference`) or our CUDA "
-        "kernel (`cuda`), which no GPU has run yet.",
+        "in the losses of the supervised stage and of PPO: plain torch, our CPU kernels or our "
+        "CUDA kernels.",
     )
 
 
@@ -290,9 +289,7 @@ class RunConfig(ConfigModel):
             LayoutError: A role's degrees do not fit the number of processes, or the generation
                 degree does not nest into the actor's layout.
             ConfigError: Rows and mini-batches do not fit.
-            KernelError: The backend of the log-probabilities does not compute them.
         """
-        token_logprobs_forward.on(self.models.actor.logprob_backend)
         roles = {"actor": self.models.actor, "reward": self.models.reward}
         for name, role in roles.items():
             role.layout(self.launch.world_size)

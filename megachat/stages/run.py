@@ -10,7 +10,7 @@ from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
 from megachat.hub import local_folder
-from megachat.ops import token_logprobs
+from megachat.ops.backends import prepare
 from megachat.parallel.collectives import barrier
 from megachat.parallel.launch import Worker
 from megachat.stages.config import RunConfig
@@ -59,7 +59,7 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     started = time.monotonic()
     prepare_output(config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
-    token_logprobs.prepare(config.models.actor.logprob_backend, worker.device)
+    prepare(config.models.actor.logprob_backend, worker.device)
     done = completed_stages(config)
     _require_inputs(config, done, first=stages[0])
     if worker.rank == 0:

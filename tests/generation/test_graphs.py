@@ -237,7 +237,6 @@ def test_a_value_baked_into_a_recording_shows_in_the_answers() -> None:
 
 @pytest.mark.gpu
 def test_cuda_graphs_replay_a_step() -> None:
-    """Has not run: no GPU was there."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     device = torch.device("cuda", 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megachat.errors import KernelError
 from megachat.ops import cpu_kernels
 from megachat.ops.build import Recipe, load_library
+from megachat.ops.token_logprobs import token_logprobs_backward, token_logprobs_forward
 from tests.ops.pages import attention, make_pages, score_rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -165,3 +166,26 @@ def test_what_a_kernel_would_misread_is_refused() -> None:
         cpu_kernels.tiled_linear(torch.zeros(1, 4), torch.zeros(1, 4, 3).transpose(1, 2))
     with pytest.raises(KernelError, match="bfloat16 weight"):
         cpu_kernels.tiled_linear(torch.zeros(1, 4), torch.zeros(1, 3, 4).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3, 64, 1021, 2056])
+def test_statistics_and_gradients_of_tokens_are_exact_to_rounding_for_all_widths(
+    width: int, dtype: torch.dtype, threads: None
+) -> None:
+    """Rows with and without their target; a span of sums is 1024 columns long."""
+    generator = torch.Generator().manual_seed(width)
+    logits = (torch.randn(5, width, generator=generator) * 3).to(dtype)
+    targets = torch.tensor([7, 7 + width - 1, 6, 7 + width, 7 + width // 2])
+    arguments = (targets, 7, 0.7)
+    found = cpu_kernels.token_logprobs_forward(logits, *arguments)
+    expected = token_logprobs_forward.reference(logits.double(), *arguments)
+    for mine, exact in zip(found, expected, strict=True):
+        assert _error(mine, exact) <= 1e-6
+    per_token = [torch.randn(5, generator=generator) for _ in range(4)]
+    per_token[0] = (logits.float() / 0.7).logsumexp(1)
+    found = cpu_kernels.token_logprobs_backward(logits, targets, *per_token, 7, 0.7)
+    expected = token_logprobs_backward.reference(
+        logits.double(), targets, *(number.double() for number in per_token), 7, 0.7
+    )
+    assert _error(found, expected) <= max(1e-6, ROUNDING[dtype])

@@ -322,7 +322,7 @@ def test_a_gpu_draws_what_the_reference_draws_on_it(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Has not run: no GPU was there. An edge of top-k 1 is the kernel's own logit, or none is."""
+    """An edge of top-k 1 is the kernel's own logit, or none is."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)

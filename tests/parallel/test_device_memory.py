@@ -1,7 +1,7 @@
 """Address-stable device memory over a stand-in for the CUDA driver, compiled from C++ here.
 
-No GPU has run this code. Where CUDA's own header is installed, the stand-in is compiled with it, so
-that signatures and record layouts are the driver's.
+Where CUDA's own header is installed, the stand-in is compiled with it, so that signatures and
+record layouts are the driver's. `tests/hybrid/test_gpu.py` runs the code over a GPU's driver.
 """
 
 import ctypes

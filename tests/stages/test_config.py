@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megachat.config import build_config, load_config
-from megachat.errors import ConfigError, KernelError, LayoutError, MegachatError
+from megachat.errors import ConfigError, LayoutError, MegachatError
 from megachat.model.config import Recompute
 from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import Precision, RlhfSection, RoleSection, RunConfig, SftSection
@@ -103,11 +103,6 @@ def test_starting_from_the_supervised_model_is_for_the_reward_model_only() -> No
         ),
         (["rlhf.batch_prompts=7"], ConfigError, "7 rows an experience cannot be cut into 2 equal"),
         (["rlhf.ppo.kl.horizon=1"], ConfigError, "could turn the coefficient to 0"),
-        (
-            ["models.actor.logprob_backend=cpu"],
-            KernelError,
-            "token_logprobs_forward has no cpu backend here, only reference, cuda: choose one",
-        ),
     ],
 )
 def test_relations_between_tables_are_checked_before_anything_starts(

@@ -193,6 +193,7 @@ def build_trainer(settings: Settings, timers: PhaseTimers) -> PPOTrainer:
             critic=critic,
             reference=ForwardEngine(model(Head.LANGUAGE_MODEL), micro_batch_rows=rows),
             reward=ForwardEngine(model(Head.SCALAR), micro_batch_rows=rows),
+            logprob_backend=Backend.CPU,
         ),
         config=PpoConfig(epochs=1, minibatches=1, reward={"normalization": "none"}),  # type: ignore[arg-type]
         sampling=SamplingConfig(max_new_tokens=settings.new),

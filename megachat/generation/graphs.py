@@ -164,5 +164,7 @@ def _fill(inputs: PackedStep, step: PackedStep) -> None:
         (inputs.decode.lengths, step.decode.lengths),
         (inputs.decode.tables[:, : step.decode.tables.shape[1]], step.decode.tables),
     ):
-        target[: len(source)].copy_(source)
-        target[len(source) :].copy_(source[:1].expand_as(target[len(source) :]))
+        rows = len(source)
+        target[:rows].copy_(source)
+        if rows < len(target):
+            target[rows:].copy_(source[:1].expand_as(target[rows:]))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megachat.errors import KernelError
 from megachat.model.config import OPT_MODELS, VOCAB_MULTIPLE
+from megachat.ops.cuda_kernels import ALL_REDUCE_BYTES
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 CACHE = KERNELS.parent / "build" / "kernels"
@@ -300,16 +301,12 @@ def _norms(shape: Shape, number: Format) -> list[Call]:
 def _all_reduces(shape: Shape, number: Format) -> list[Call]:
     """Each rank puts its message into its own region, then reads the messages of all.
 
-    One that is longer than the kernel takes goes in equal parts.
+    One that is longer than the kernel takes is NCCL's.
     """
-    if shape.ranks == 1:
-        return []
-    elements, parts = shape.rows * shape.hidden, 1
-    room_for = _recording("all_reduce").megachat_all_reduce_region
-    while room_for(elements // parts * number.num_bytes) == 0:
-        parts *= 2
-    elements //= parts
+    elements = shape.rows * shape.hidden
     size = elements * number.num_bytes
+    if shape.ranks == 1 or size > ALL_REDUCE_BYTES:
+        return []
     regions = (ctypes.c_void_p * shape.ranks)(*[_SOMEWHERE] * shape.ranks)
     call = Call(
         op="all-reduce",
@@ -317,9 +314,9 @@ def _all_reduces(shape: Shape, number: Format) -> list[Call]:
         function="megachat_all_reduce",
         arguments=(
             *(int(number), _pointer(), _pointer(), ctypes.cast(regions, ctypes.c_void_p)),
-            *(0, shape.ranks, elements, size, None),
+            *(0, shape.ranks, elements, ALL_REDUCE_BYTES, None),
         ),
-        times=2 * shape.layers * parts,
+        times=2 * shape.layers,
         asked=(3 + shape.ranks) * size,
         least=2 * size,
     )

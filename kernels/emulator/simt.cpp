@@ -7,8 +7,10 @@
 #include "simt.h"
 
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <random>
+#include <thread>
 #include <utility>
 
 #include "block.h"
@@ -23,9 +25,12 @@ constexpr size_t kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 48 << 10;  // what a kernel gets without asking for more
 constexpr unsigned kMaxGridYz = 65535;
 // Polls of each thread, on average, after which flags that nobody sets are taken for a deadlock.
-constexpr size_t kPatience = 1000;
+constexpr size_t kPolls = 1000;
+// What other processes get, if they may set them, after one poll of each.
+constexpr std::chrono::microseconds kNap(50);
 
 int order = simt_forward;
+std::chrono::milliseconds patience(0);  // with other processes; 0 where there are none
 std::mt19937 generator;
 std::string error_message;
 cudaError_t error_code = cudaSuccess;
@@ -75,7 +80,10 @@ class Machine final : public Scheduler {
   void interleave() override {
     if (order == simt_random) suspend();
   }
-  void note_progress() override { idle_polls_ = 0; }
+  void note_progress() override {
+    idle_polls_ = 0;
+    naps_ = false;
+  }
   [[noreturn]] void fail(const std::string& what, Site site) override;
 
   void poll(Site site);
@@ -99,7 +107,8 @@ class Machine final : public Scheduler {
   void admit(size_t queue, const Batch& batch);
   void retire(size_t queue);
   bool next_thread();
-  void report_stuck(const char* what);
+  bool polls_in_vain();
+  void report_stuck(const std::string& what);
 
   std::vector<Entry> entries_;  // all threads of all devices
   std::vector<Device> devices_;
@@ -113,6 +122,8 @@ class Machine final : public Scheduler {
   Launch* running_launch_ = nullptr;
   size_t cursor_ = 0;
   size_t idle_polls_ = 0;
+  bool naps_ = false;  // between looks at what other processes do, and since when
+  std::chrono::steady_clock::time_point naps_since_;
   size_t favourite_ = 0;  // in a random order, the device whose turn it is
   bool failed_ = false;
 };
@@ -164,7 +175,10 @@ bool Machine::run(std::vector<std::deque<Batch>> queues) {
     if (entry.thread->polls) {
       // The next one's turn, or a fixed order would come back to this one for ever.
       if (++cursor_ == entries_.size()) cursor_ = 0;
-      if (idle_polls_ > kPatience * entries_.size()) report_stuck("no progress");
+      if (polls_in_vain()) {
+        const std::string how_long = std::to_string(patience.count());
+        report_stuck("no progress" + (patience.count() > 0 ? " for " + how_long + " ms" : ""));
+      }
     }
     if (entry.thread->state == State::kFinished && --devices_[entry.queue].left == 0) {
       retire(entry.queue);
@@ -256,7 +270,19 @@ void Machine::poll(Site site) {
   self.polls = false;
 }
 
-void Machine::report_stuck(const char* what) {
+// Whether the flags that threads poll are taken for ones that nobody sets.
+bool Machine::polls_in_vain() {
+  if (patience.count() == 0) return idle_polls_ > kPolls * entries_.size();
+  if (idle_polls_ <= entries_.size()) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (!std::exchange(naps_, true)) naps_since_ = now;
+  if (now - naps_since_ > patience) return true;
+  std::this_thread::sleep_for(kNap);
+  idle_polls_ = 0;
+  return false;
+}
+
+void Machine::report_stuck(const std::string& what) {
   struct Group {
     const char* doing;
     size_t count = 0;
@@ -272,7 +298,7 @@ void Machine::report_stuck(const char* what) {
                                                                  : nullptr;
     if (group != nullptr && group->count++ == 0) group->first = thread;
   }
-  std::string message = std::string(what) + " in kernel " + running_launch_->shape.kernel + ":";
+  std::string message = what + " in kernel " + running_launch_->shape.kernel + ":";
   for (const Group& group : groups) {
     if (group.count == 0) continue;
     message += " " + std::to_string(group.count) + " threads " + group.doing + ", the first is " +
@@ -289,10 +315,15 @@ void Machine::report_stuck(const char* what) {
 bool deferring = false;
 std::map<void*, std::deque<std::unique_ptr<Launch>>> streams;
 
-// Alone on the device, its blocks one after another: none may wait for another.
+// Alone on the device. Its blocks run one after another, for none may wait for another; they may
+// wait for those of another process, which has an order of its own, and then they run together.
 void run_alone(Launch& launch) {
   std::deque<Batch> queue;
-  for (const size_t index : sequence_of(launch)) queue.push_back({&launch, {index}});
+  if (patience.count() > 0) {
+    queue.push_back({&launch, sequence_of(launch)});
+  } else {
+    for (const size_t index : sequence_of(launch)) queue.push_back({&launch, {index}});
+  }
   Machine own;
   machine = &own;
   own.run({std::move(queue)});
@@ -421,6 +452,10 @@ void simt_set_order(int order, unsigned seed) {
   simt::error_code = cudaSuccess;
   simt::deferring = false;
   simt::streams.clear();
+}
+
+void simt_set_patience(int milliseconds) {
+  simt::patience = std::chrono::milliseconds(milliseconds);
 }
 
 const char* simt_error() { return simt::error_message.c_str(); }

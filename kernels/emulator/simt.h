@@ -8,6 +8,7 @@
 // A launch has finished when its launcher returns, and its blocks ran one after another. Between
 // `simt_defer` and `simt_synchronize`, launches queue up on their streams instead; then the streams
 // run at once, each as a device of its own, with all blocks of its current launch resident.
+// With `simt_set_patience` other processes are devices, too.
 #pragma once
 
 #include <algorithm>
@@ -244,6 +245,10 @@ extern "C" {
 // How threads and blocks take turns.
 enum simt_order { simt_forward = 0, simt_reverse = 1, simt_random = 2 };
 __attribute__((visibility("default"))) void simt_set_order(int order, unsigned seed);
+// Flags may lie in memory that other processes write. From now on all blocks of a launch are
+// resident, and where its threads only poll, it leaves the processor to others and looks again,
+// until none of them has set a flag for so many milliseconds. 0, as at first: nobody else writes.
+__attribute__((visibility("default"))) void simt_set_patience(int milliseconds);
 // What ended the last launch that failed, one line; "" if none has since `simt_set_order`.
 __attribute__((visibility("default"))) const char* simt_error();
 // From now on launches wait for `simt_synchronize`, which runs those of different streams at once:

@@ -78,7 +78,7 @@ class Generator:
             dtype=weights.words.dtype,
             device=self._device,
         )
-        self._add_up = group_sum(weights.groups.tensor, self._settings.backend)
+        self._add_up = group_sum(weights.groups.tensor, self._settings.backend, device=self._device)
         self._placed: tuple[tuple[int, ...], ModelRunner] | None = None
         self._runner(weights)
         self._statistics: SessionStatistics | None = None

@@ -15,7 +15,7 @@ from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import PackedStep
 from megachat.generation.weights import GenerationLayer, GenerationWeights
 from megachat.model.config import POSITION_OFFSET
-from megachat.ops.all_reduce import GroupSum, group_sum
+from megachat.ops.all_reduce import GroupSum
 from megachat.ops.backends import prepare
 from megachat.ops.decode_step import CpuDecodeStep, DecodeLayer, DecodeModel
 from megachat.ops.epilogues import bias_residual_layer_norm
@@ -39,7 +39,7 @@ class ModelRunner:
         cache: PagedKvCache,
         *,
         backend: Backend,
-        add_up: GroupSum | None = None,
+        add_up: GroupSum,
         recorder: StepRecorder | None = None,
     ) -> None:
         """Picks the implementations; copies nothing.
@@ -48,8 +48,7 @@ class ModelRunner:
             weights: What to compute with.
             cache: Where keys and values live.
             backend: Who computes the operations of the registry.
-            add_up: Sums over the tensor group; None looks for the fastest way, which is a
-                collective call.
+            add_up: Sums over the tensor group, as `group_sum` finds for the backend.
             recorder: Records steps without chunks, for as long as weights and cache keep their
                 addresses; None computes every step anew.
 
@@ -59,8 +58,7 @@ class ModelRunner:
         prepare(backend, weights.words.device)
         self._weights = weights
         self._cache = cache
-        group = weights.groups.tensor
-        self._add_up = add_up if add_up is not None else group_sum(group, backend)
+        self._add_up = add_up
         self._norm_first = weights.config.layer_norm_first
         self._append = kv_append.on(backend)
         self._attend_decode = paged_attention_decode.on(backend)
@@ -74,7 +72,8 @@ class ModelRunner:
             self._graphs = DecodeGraphs(self._forward, recorder=recorder, columns=columns)
         self._decode_step = None
         if backend is Backend.CPU:
-            model = decode_model(weights, cache, self._add_up if group.size() > 1 else None)
+            is_cut = weights.groups.tensor.size() > 1
+            model = decode_model(weights, cache, add_up if is_cut else None)
             self._decode_step = CpuDecodeStep(model, most_rows=cache.max_sequences)
 
     @torch.no_grad()

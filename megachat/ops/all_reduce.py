@@ -1,54 +1,56 @@
-"""The one place for sums over a tensor group whose ranks share a machine's memory: `SharedSum`.
+"""The one place for sums over a tensor group that reaches memory in common: `SharedSum`, `PeerSum`.
 
-A decode step on CPUs sums some kilobytes twice a layer. gloo sends them through sockets, which can
-take longer than the products in between; ranks of one machine can read each other's messages
-where they lie. Results are the same bits on all ranks.
+A decode step sums some kilobytes twice a layer. gloo sends them through sockets, which can take
+longer than the products in between; ranks of one machine can read each other's messages where they
+lie, in its memory or in that of its GPUs. Results are the same bits on all ranks.
 """
 
-import contextlib
 import logging
 import mmap
-import os
-import tempfile
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megachat.errors import KernelError
-from megachat.ops import cpu_kernels
-from megachat.ops.registry import Backend
+from megachat.ops import cpu_kernels, cuda_kernels, peer_memory
+from megachat.ops.registry import Backend, CudaKernel, define
 from megachat.parallel import GROUP_TIMEOUT
-from megachat.parallel.collectives import all_gather_objects, all_reduce_sum, broadcast_object
+from megachat.parallel.collectives import all_reduce_sum
 
 _LOG = logging.getLogger(__name__)
 
 PLACE_BYTES = 1 << 20
-"""Of a message; longer ones are summed piece by piece."""
-_SHARED_MEMORY = Path("/dev/shm")
-_TOKEN_BYTES = 16
+"""Of a message in shared memory; longer ones are summed piece by piece."""
 
 GroupSum = Callable[[Tensor], Tensor]
 """Sums a tensor over a group, in place, and returns it; a collective call."""
 
 
-def group_sum(group: ProcessGroup, backend: Backend) -> GroupSum:
-    """The fastest sum over a group: through shared memory where that can be; a collective call.
+def group_sum(group: ProcessGroup, backend: Backend, *, device: torch.device) -> GroupSum:
+    """The fastest sum over a group: through memory in common where that can be.
+
+    A collective call.
 
     Args:
         group: The tensor group.
-        backend: Who computes; shared memory belongs to the CPU kernels.
+        backend: Who computes: shared memory belongs to the CPU kernels, memory of other GPUs to the
+            CUDA kernels.
+        device: Where the tensors are.
     """
     if group.size() > 1 and backend is Backend.CPU:
-        region = _shared_region(group)
+        size = cpu_kernels.all_reduce_bytes(ranks=group.size(), place_bytes=PLACE_BYTES)
+        region = peer_memory.share_memory(group, size)
         if region is not None:
             return SharedSum(group, region)
         _LOG.info("a tensor group is spread over machines: its sums go through the network")
+    if group.size() > 1 and backend is Backend.CUDA:
+        regions = _peer_regions(group, device)
+        if regions is not None:
+            return PeerSum(group, regions)
     return partial(all_reduce_sum, group=group)
 
 
@@ -90,43 +92,57 @@ class SharedSum:
                 )
 
 
-def _shared_region(group: ProcessGroup) -> mmap.mmap | None:
-    """Memory of all ranks of a group, or None on all of them where some cannot reach it."""
-    size = cpu_kernels.all_reduce_bytes(ranks=group.size(), place_bytes=PLACE_BYTES)
-    token = uuid.uuid4().bytes
-    path, mine = None, None
-    if group.rank() == 0:
-        with contextlib.suppress(OSError):
-            path, mine = _create(size, token)
-    named = broadcast_object((path, token), group)
-    if group.rank() > 0 and named[0] is not None:
-        with contextlib.suppress(OSError, ValueError):
-            mine = _open(Path(named[0]), size, named[1])
-    found = all_gather_objects(mine is not None, group)
-    if path is not None:
-        Path(path).unlink()  # the memory stays for as long as somebody has mapped it
-    return mine if all(found) else None
+class PeerSum:
+    """Sums small tensors of GPUs that have mapped each other's memory; NCCL sums large ones.
+
+    One launch does it all: each rank reads the whole messages of all ranks. That is little for the
+    kilobytes of a decode step; the megabytes of a prompt are better cut, as NCCL does. The launch
+    is an operation of torch's dispatcher, so recorded steps hold it.
+    """
+
+    def __init__(self, group: ProcessGroup, regions: Sequence[Tensor]) -> None:
+        """Takes regions over.
+
+        Args:
+            group: Whose ranks share them.
+            regions: As `megachat.ops.peer_memory.map_regions` returns them, of the size that
+                `cuda_kernels.all_reduce_region_bytes` says.
+        """
+        self._group, self._regions = group, list(regions)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor in place; a collective call, made by all ranks in the same order.
+
+        How large a tensor is, all ranks know alike; where it starts in memory, each knows for
+        itself. So one that is not in packs of 16 bytes is an error, and not a case for NCCL: ranks
+        that chose differently would wait for each other for ever. The products of the CUDA kernels
+        are in packs.
+
+        Raises:
+            KernelError: It is of a kind that the kernel cannot read.
+        """
+        if tensor.nbytes > cuda_kernels.ALL_REDUCE_BYTES:
+            return all_reduce_sum(tensor, self._group)
+        _sum_through_peers(tensor, self._regions, self._group.rank())
+        return tensor
 
 
-def _create(size: int, token: bytes) -> tuple[str, mmap.mmap]:
-    """A file of zeros behind a token."""
-    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    handle, path = tempfile.mkstemp(prefix="megachat-sum-", dir=folder)
-    try:
-        # Reserved now: a full file system would otherwise kill whoever writes there.
-        os.posix_fallocate(handle, 0, size + _TOKEN_BYTES)
-        os.pwrite(handle, token, size)
-        return path, mmap.mmap(handle, size)
-    except OSError:
-        Path(path).unlink()
-        raise
-    finally:
-        os.close(handle)
+def _peer_regions(group: ProcessGroup, device: torch.device) -> Sequence[Tensor] | None:
+    """What a `PeerSum` works with, or None on all ranks, and a log line, where it cannot be had."""
+    most = cuda_kernels.ALL_REDUCE_RANKS
+    if group.size() > most:
+        _LOG.info(
+            "sums of a tensor group go through NCCL: it has %d ranks, and the kernel sums up to %d",
+            *(group.size(), most),
+        )
+        return None
+    num_bytes = cuda_kernels.all_reduce_region_bytes(device)
+    return peer_memory.map_regions(group, device, num_bytes)
 
 
-def _open(path: Path, size: int, token: bytes) -> mmap.mmap | None:
-    """Maps the file that another rank made; None if this is another one of the same name."""
-    with path.open("r+b") as file:
-        if os.pread(file.fileno(), _TOKEN_BYTES, size) != token:
-            return None
-        return mmap.mmap(file.fileno(), size)
+_sum_through_peers = define(
+    "all_reduce",
+    "(Tensor(a!) message, Tensor(b!)[] regions, int rank) -> ()",
+    CudaKernel(launch=cuda_kernels.all_reduce, fake=lambda *_: None),
+)
+"""No `Op`: its result depends on what other ranks hold, so no reference can take its arguments."""

@@ -28,11 +28,15 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`megachat::Format` of kernels/include/numeric.h."""
 _PACK_BYTES = 16
 """What a kernel reads at once: rows are multiples of it, and start at one."""
+ALL_REDUCE_BYTES, ALL_REDUCE_RANKS = 1 << 20, 8
+"""Longest message of the all-reduce and most ranks, as in kernels/cuda/all_reduce.cu."""
 _SEEN_ON = (9, 0)
 """Compute capability of the GPU on which the kernels have been tested."""
 
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 LAUNCHERS: dict[str, tuple[type, ...]] = {
+    "all_reduce": (_INT, *[_POINTER] * 3, *[_INT] * 2, *[_LONG] * 2, _POINTER),
+    "all_reduce_region": (_LONG,),
     "bias_relu": (_INT, *[_POINTER] * 3, *[_INT] * 2, _POINTER),
     "bias_residual_layer_norm": (_INT, *[_POINTER] * 7, *[_INT] * 2, _FLOAT, _POINTER),
     "kv_append": (_INT, *[_POINTER] * 6, *[_INT] * 3, _POINTER),
@@ -72,7 +76,8 @@ class Launchers:
         for name, parameters in LAUNCHERS.items():
             function = getattr(library, f"megachat_{name}")
             function.argtypes = parameters
-            function.restype = ctypes.c_size_t if name.endswith("_workspace") else ctypes.c_int
+            is_size = name.endswith(("_region", "_workspace"))
+            function.restype = ctypes.c_size_t if is_size else ctypes.c_int
             self._functions[name] = function
         self._stream = stream
         self.multiprocessors = multiprocessors
@@ -82,28 +87,41 @@ class Launchers:
         answer: int = self._functions[name](*numbers)
         return answer
 
-    def launch(self, name: str, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+    def launch(
+        self,
+        name: str,
+        tensors: Sequence[Tensor | Sequence[Tensor] | None],
+        numbers: Sequence[float],
+    ) -> None:
         """Calls a launcher with a format, if it takes one, pointers, numbers and a stream.
 
         Args:
             name: Of the launcher.
-            tensors: What it reads and writes; the first one has the format and the device.
+            tensors: What it reads and writes; the first one has the format and the device, and
+                several in one place are an array of pointers.
             numbers: Sizes and settings.
 
         Raises:
             KernelError: The launcher or the CUDA runtime refuses.
         """
         leader = tensors[0]
-        assert leader is not None, "the first tensor says where to launch"
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        assert isinstance(leader, Tensor), "the first tensor says where to launch"
+        pointers = [_pointer(tensor) for tensor in tensors]
         formats = [_FORMATS[leader.dtype]] if LAUNCHERS[name][0] is _INT else []
         code = self._functions[name](*formats, *pointers, *numbers, self._stream(leader.device))
         if code:
-            shapes = [list(tensor.shape) for tensor in tensors if tensor is not None]
+            shapes = [list(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)]
             raise KernelError(
                 f"the CUDA kernel {name} was not launched (cudaError {code}) for shapes {shapes} "
                 f'and numbers {list(numbers)}: use backend = "reference" for such a model'
             )
+
+
+def _pointer(tensors: Tensor | Sequence[Tensor] | None) -> object:
+    """What a launcher is told of a tensor, of several or of none."""
+    if tensors is None or isinstance(tensors, Tensor):
+        return None if tensors is None else tensors.data_ptr()
+    return (_POINTER * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 @functools.cache
@@ -389,6 +407,38 @@ def token_logprobs_backward(
         (*logits.shape, vocab_start, temperature),
     )
     return out
+
+
+def all_reduce(message: Tensor, regions: Sequence[Tensor], rank: int) -> None:
+    """Adds up what the ranks have in `message`, in place.
+
+    Args:
+        message: At most `ALL_REDUCE_BYTES`, a multiple of 16 bytes, the same shape on all ranks.
+        regions: `[all_reduce_region_bytes]` uint8 of every rank, in the order of the ranks, as this
+            device sees them; see `megachat.ops.peer_memory`.
+        rank: This one.
+
+    Raises:
+        KernelError: It is nothing that the kernel can read.
+    """
+    name, device = "all_reduce", message.device
+    check_tensors(name, [message], device=device, dtypes=tuple(_FORMATS))
+    _check(name, (message.view(-1),))
+    check_tensors(name, regions, device=device, dtypes=(torch.uint8,))
+    needed = all_reduce_region_bytes(device)
+    if any(region.nbytes < needed for region in regions):
+        sizes = [region.nbytes for region in regions]
+        raise KernelError(f"{name} needs regions of {needed} bytes, got {sizes}")
+    launchers(device).launch(
+        name,
+        (message, message, regions),
+        (rank, len(regions), message.numel(), ALL_REDUCE_BYTES),
+    )
+
+
+def all_reduce_region_bytes(device: torch.device) -> int:
+    """What each rank provides for `all_reduce`, zeroed."""
+    return launchers(device).ask("all_reduce_region", ALL_REDUCE_BYTES)
 
 
 def _check(

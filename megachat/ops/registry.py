@@ -79,6 +79,7 @@ class Op(Generic[P, R]):
 
 
 _OPS: dict[str, Op[Any, Any]] = {}
+_KERNELS: dict[str, CudaKernel] = {}
 _DISPATCHED: Any = torch.library.Library("megachat", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -90,13 +91,39 @@ def register(op: Op[P, R]) -> Op[P, R]:
     """
     if op.name in _OPS:
         raise KernelError(f"an operation named {op.name} is registered already: choose another")
-    _OPS[op.name] = op
     if op.cuda is not None:
-        _DISPATCHED.define(op.name + op.schema)
-        _DISPATCHED.impl(op.name, op.cuda.launch, "CUDA")
-        torch.library.register_fake(f"megachat::{op.name}", op.cuda.fake, lib=_DISPATCHED)
-        op.backends.setdefault(Backend.CUDA, getattr(torch.ops.megachat, op.name).default)
+        op.backends.setdefault(Backend.CUDA, define(op.name, op.schema, op.cuda))
+    _OPS[op.name] = op
     return op
+
+
+def define(name: str, schema: str, kernel: CudaKernel) -> Callable[..., Any]:
+    """Enters a kernel into torch's dispatcher, as `register` does for one of an `Op`.
+
+    Args:
+        name: It becomes `torch.ops.megachat.<name>`.
+        schema: Arguments and results as torch writes them.
+        kernel: What computes it on CUDA tensors.
+
+    Returns:
+        The operation.
+
+    Raises:
+        KernelError: The name is taken.
+    """
+    if name in _KERNELS:
+        raise KernelError(f"a CUDA operation named {name} is defined already: choose another")
+    _KERNELS[name] = kernel
+    _DISPATCHED.define(name + schema)
+    _DISPATCHED.impl(name, kernel.launch, "CUDA")
+    torch.library.register_fake(f"megachat::{name}", kernel.fake, lib=_DISPATCHED)
+    operation: Callable[..., Any] = getattr(torch.ops.megachat, name).default
+    return operation
+
+
+def dispatched_kernels() -> Mapping[str, CudaKernel]:
+    """All CUDA kernels in torch's dispatcher, by the name of their operation."""
+    return dict(_KERNELS)
 
 
 def registered_ops() -> Mapping[str, Op[Any, Any]]:

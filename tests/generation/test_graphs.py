@@ -98,9 +98,10 @@ def test_replayed_steps_give_the_answers_of_computed_ones(name: str, tensor: int
         assert found.repeated_recordings == 0
 
 
-def _record_cuda_kernels() -> tuple[float, int, set[str]]:
+def _record_cuda_kernels(tensor: int) -> tuple[float, int, set[str]]:
     """Gap against plain torch; replays; which of our operations are on the tapes."""
-    model = ref.build_model(OF_A_GPU, ParallelLayout(), reference=gen.oracle(OF_A_GPU))
+    layout = ParallelLayout(tensor=tensor)
+    model = ref.build_model(OF_A_GPU, layout, reference=gen.oracle(OF_A_GPU))
     recorder = TapeRecorder()
     settings = SETTINGS.model_copy(update={"backend": Backend.CUDA, "block_size": 16})
     with emulated_cuda():
@@ -110,12 +111,10 @@ def _record_cuda_kernels() -> tuple[float, int, set[str]]:
     return gap, recorder.replays, {name for name in names if name.startswith("megachat.")}
 
 
-def test_steps_of_cuda_kernels_are_recorded_and_replayed() -> None:
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_steps_of_cuda_kernels_are_recorded_and_replayed(tensor: int) -> None:
     """On their emulator: launches see device memory and sizes, and no value of a step."""
-    ((gap, replays, names),) = run_ranks(1, _record_cuda_kernels)
-    assert gap < 1e-5
-    assert replays > 1
-    assert names == {
+    expected = {
         f"megachat.{name}.default"
         for name in (
             "bias_residual_layer_norm",
@@ -124,6 +123,12 @@ def test_steps_of_cuda_kernels_are_recorded_and_replayed() -> None:
             "tiled_linear_bias_relu",
         )
     }
+    if tensor > 1:
+        expected.add("megachat.all_reduce.default")
+    for gap, replays, names in run_ranks(tensor, _record_cuda_kernels, tensor):
+        assert gap < 1e-5
+        assert replays > 1
+        assert names == expected
 
 
 def test_a_bucket_has_at_most_seven_rows_too_many_and_small_ones_are_exact() -> None:

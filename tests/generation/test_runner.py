@@ -14,6 +14,7 @@ from megachat.generation.kv_cache import PagedKvCache
 from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
 from megachat.generation.runner import ModelRunner
 from megachat.generation.weights import GenerationWeights
+from megachat.ops.all_reduce import group_sum
 from megachat.ops.registry import Backend
 from megachat.parallel.collectives import all_gather_last_dim
 from megachat.parallel.layout import ParallelLayout
@@ -76,7 +77,8 @@ def _logits(
         device=torch.device("cpu"),
     )
     cache.tables[:, :4] = torch.tensor([[7, 2, 0, 5], [3, 11, 8, 1], [9, 4, 6, 10]])
-    runner = ModelRunner(weights, cache, backend=backend)
+    add_up = group_sum(weights.groups.tensor, backend, device=torch.device("cpu"))
+    runner = ModelRunner(weights, cache, backend=backend, add_up=add_up)
     found = []
     starts = torch.zeros(3, dtype=torch.int64)
     for counts, num_decode in (((1, 5, 3), 0), ((1, 2, 4), 1), ((1, 1, 2), 2), ((1, 1, 1), 3)):

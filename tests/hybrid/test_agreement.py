@@ -3,7 +3,8 @@
 For every pair of layouts, over ragged prompts, responses that end early, equal prompts that share
 their blocks, two samples of each prompt, and a cache so small that sequences are preempted and
 computed again. In fp32 the tokens themselves are those of one rank with room for everything; the
-CPU kernels, and the CUDA kernels on their emulator, answer with the tokens of plain torch.
+CPU kernels, and the CUDA kernels on their emulator, answer with the tokens of plain torch. With
+kernels of CUDA, a tensor group sums through memory that its ranks have mapped.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from tests.hybrid.tasks import (
     prompts_of,
     reference_of,
 )
-from tests.kernels.emulated import emulated_cuda
+from tests.kernels.emulated import KernelCalls, emulated_cuda
 
 PAIRS: dict[int, tuple[tuple[ParallelLayout, int], ...]] = {
     2: ((ParallelLayout(tensor=2), 1), (ParallelLayout(tensor=2), 2)),
@@ -69,7 +70,13 @@ def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:
             replicas = layout.world_size // degree
             prompts = prompts_of(task, replicas)
             few = few_blocks(task, prompts, replicas)
-            outcomes.append(outcome_of(build(task, case, num_blocks=few, backend=backend), prompts))
+            hybrid = build(task, case, num_blocks=few, backend=backend)
+            if backend is not Backend.CUDA:
+                outcomes.append(outcome_of(hybrid, prompts))
+                continue
+            with KernelCalls() as calls:
+                outcomes.append(outcome_of(hybrid, prompts))
+            assert (calls.counts["all_reduce"] > 0) is (degree > 1), case
     return outcomes
 
 

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megachat.ops import cuda_kernels
-from megachat.ops.registry import registered_ops
+from megachat.ops import cuda_kernels, peer_memory
+from megachat.ops.registry import dispatched_kernels
 from tests.kernels.build import KERNELS, kernel_library
 from tests.kernels.launch import Order
 
 MULTIPROCESSORS = 108
 """Of the device that launchers are told of, so that they split their work as on a GPU."""
+PATIENCE_MS = 60_000
+"""How long the emulator waits for other ranks, on a busy machine."""
 
 
 class EmulatedLibrary:
@@ -29,12 +33,17 @@ class EmulatedLibrary:
     def __getattr__(self, function: str) -> Any:
         names = [path.stem for path in (KERNELS / "cuda").glob("*.cu")]
         stem = max((name for name in names if function.startswith(f"megachat_{name}")), key=len)
+        return getattr(self.of(stem), function)
+
+    def of(self, stem: str) -> ctypes.CDLL:
+        """What a source and an emulator of its own make."""
         if stem not in self._libraries:
             library = ctypes.CDLL(str(kernel_library(KERNELS / "cuda" / f"{stem}.cu")))
+            library.simt_error.restype = ctypes.c_char_p
             if self._order is not None:
                 library.simt_set_order(self._order.kind, self._order.seed)
             self._libraries[stem] = library
-        return getattr(self._libraries[stem], function)
+        return self._libraries[stem]
 
 
 class KernelCalls(TorchDispatchMode):
@@ -52,23 +61,37 @@ class KernelCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def shared_regions(group: ProcessGroup, device: torch.device, num_bytes: int) -> list[Tensor]:
+    """As `peer_memory.map_regions`, in memory that all processes of this machine can map."""
+    memory = peer_memory.share_memory(group, group.size() * num_bytes)
+    assert memory is not None, "the ranks of a test are on one machine"
+    return list(torch.frombuffer(memory, dtype=torch.uint8).view(group.size(), num_bytes))
+
+
 @contextmanager
-def emulated_cuda(order: Order | None = None) -> Iterator[None]:
-    """`Backend.CUDA` computes with tensors on the CPU.
+def emulated_cuda(
+    order: Order | None = None, *, patience_ms: int = PATIENCE_MS
+) -> Iterator[EmulatedLibrary]:
+    """`Backend.CUDA` computes with tensors on the CPU, also where ranks read each other's memory.
 
     Args:
         order: How threads take turns; None leaves the emulator's own.
+        patience_ms: How long a rank waits for others that do not come.
     """
+    library = EmulatedLibrary(order)
     launchers = cuda_kernels.Launchers(
-        EmulatedLibrary(order),  # type: ignore[arg-type]
+        library,  # type: ignore[arg-type]
         stream=lambda device: 0,
         multiprocessors=MULTIPROCESSORS,
     )
     dispatched = torch.library.Library("megachat", "IMPL")
-    for op in registered_ops().values():
-        if op.cuda is not None:
-            dispatched.impl(op.name, op.cuda.launch, "CPU")
+    for name, kernel in dispatched_kernels().items():
+        dispatched.impl(name, kernel.launch, "CPU")
+    waits = library.of("all_reduce")
+    waits.simt_set_patience(patience_ms)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_kernels, "launchers", lambda device: launchers)
-        yield
+        patch.setattr(peer_memory, "map_regions", shared_regions)
+        yield library
+    waits.simt_set_patience(0)
     dispatched._destroy()

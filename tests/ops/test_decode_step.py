@@ -13,6 +13,7 @@ from megachat.generation.packed import DecodeRows, PackedStep
 from megachat.generation.runner import ModelRunner, decode_model
 from megachat.generation.weights import GenerationWeights
 from megachat.model.config import OptConfig
+from megachat.ops.all_reduce import group_sum
 from megachat.ops.decode_step import MOST_ROWS, CpuDecodeStep
 from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
@@ -100,7 +101,8 @@ def _step(cache: PagedKvCache, lengths: tuple[int, ...], *, op_by_op: bool) -> P
 
 def _run(weights: GenerationWeights, backend: Backend, *, block_size: int, op_by_op: bool) -> Found:
     cache = _cache(weights, block_size=block_size)
-    runner = ModelRunner(weights, cache, backend=backend)
+    add_up = group_sum(weights.groups.tensor, backend, device=torch.device("cpu"))
+    runner = ModelRunner(weights, cache, backend=backend, add_up=add_up)
     logits = runner.forward(_step(cache, LENGTHS, op_by_op=op_by_op))
     return Found(logits=logits.clone(), pool=cache.pool)
 

@@ -7,11 +7,12 @@ from typing import get_args
 import pytest
 import torch
 
+import megachat.ops.all_reduce
 import megachat.ops.epilogues
 import megachat.ops.paged_cache
 import megachat.ops.tiled_linear  # noqa: F401
 from megachat.errors import KernelError
-from megachat.ops.registry import Backend, Op, register, registered_ops
+from megachat.ops.registry import Backend, CudaKernel, Op, define, register, registered_ops
 
 
 def _double(x: int) -> int:
@@ -31,6 +32,10 @@ def test_two_operations_cannot_share_a_name() -> None:
     op = Op(name="tiled_linear", schema="(int x) -> int", reference=_double, tolerance={})
     with pytest.raises(KernelError, match="tiled_linear is registered already"):
         register(op)
+    kernel = CudaKernel(launch=_double, fake=_double)
+    for taken in ("tiled_linear_bias_relu", "all_reduce"):
+        with pytest.raises(KernelError, match=f"CUDA operation named {taken} is defined already"):
+            define(taken, "(int x) -> int", kernel)
 
 
 @pytest.mark.parametrize("op", registered_ops().values(), ids=registered_ops())

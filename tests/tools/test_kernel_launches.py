@@ -128,16 +128,17 @@ def test_products_read_the_weight_once_and_the_tokens_for_every_64_rows() -> Non
     assert call.asked - call.least == tokens_again + parts
 
 
-def test_an_all_reduce_reads_the_messages_of_all_ranks_and_goes_in_parts_if_it_is_long() -> None:
+def test_an_all_reduce_reads_the_messages_of_all_ranks_and_is_for_short_ones() -> None:
     """16 rows of 12288 columns are 384 KiB in bf16; 32 in fp32 are more than the kernel takes."""
-    for rows, number, parts in ((16, Format.BFLOAT16, 1), (32, Format.FLOAT32, 2)):
-        shape = shape_of("facebook/opt-175b", ranks=8, rows=rows)
-        (call,) = (c for c in decode_calls(shape, number) if c.source == "all_reduce")
-        message = rows * 12288 * number.num_bytes
-        assert call.times == 2 * 96 * parts
-        assert call.least * parts == 2 * message
-        assert call.asked * parts == (1 + 1 + 8 + 1) * message
-        assert [launch.kernel for launch in call.launches()] == ["all_reduce_kernel"]
+    shape = shape_of("facebook/opt-175b", ranks=8, rows=16)
+    (call,) = (c for c in decode_calls(shape, Format.BFLOAT16) if c.source == "all_reduce")
+    message = 16 * 12288 * 2
+    assert call.times == 2 * 96
+    assert call.least == 2 * message
+    assert call.asked == (1 + 1 + 8 + 1) * message
+    assert [launch.kernel for launch in call.launches()] == ["all_reduce_kernel"]
+    large = shape_of("facebook/opt-175b", ranks=8, rows=32)
+    assert not [c for c in decode_calls(large, Format.FLOAT32) if c.source == "all_reduce"]
 
 
 def test_a_rank_has_its_share_and_whole_groups_of_the_vocabulary() -> None:

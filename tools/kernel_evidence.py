@@ -365,6 +365,8 @@ add up to, wherever a cache answers them; *least* is what any implementation mus
 once if nothing stays in a cache between calls. Both are kilobytes (10^3 bytes) for each token that
 the step makes. Grids are those that the launchers choose for {MULTIPROCESSORS} multiprocessors.
 Left out: the embedding's rows, and the first LayerNorm, which follows no projection.
+Products are counted as our kernel computes them; with weights of one tile they are cuBLAS's
+(`megachat/ops/tiled_linear.py` says when).
 """
 
 

@@ -90,6 +90,8 @@ class StepRow:
     """Milliseconds, by the cost model."""
     gb_s: float
     gflop_s: float
+    limits: Limits
+    """Around these steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -389,6 +391,7 @@ def measure_steps(model: DecodeModel, settings: Settings) -> tuple[list[StepRow]
                 predicted=predict(work, limits, SHARES[settings.dtype]) * 1e3,
                 gb_s=(work.weight_bytes + work.cache_bytes) / spent / 1e9,
                 gflop_s=(work.product_flops + work.attention_flops) / spent / 1e9,
+                limits=limits,
             )
         )
     return rows, best

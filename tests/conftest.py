@@ -18,3 +18,10 @@ torch.set_num_threads(1)
 def _seed() -> None:
     """Draws of torch's own generator do not depend on which tests ran before in this process."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests for a GPU are skipped where there is none, before their fixtures are made."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -51,3 +51,28 @@ def check_tensors(
             f"{name} needs int32 tables with contiguous rows on {device}, got {tables.dtype} on "
             f"{tables.device} with strides {tables.stride()}"
         )
+
+
+def numbers_of_tokens(
+    name: str, numbers: Sequence[Tensor], gradients: Sequence[Tensor | None], device: torch.device
+) -> list[Tensor | None]:
+    """What a backward kernel reads of each token, in float32.
+
+    Args:
+        name: Of the operation.
+        numbers: `[tokens]`, contiguous.
+        gradients: `[tokens]` of any strides, since autograd's of a sum is one number, expanded;
+            None is 0.
+        device: Where all have to be.
+
+    Returns:
+        The numbers and the gradients, contiguous.
+
+    Raises:
+        KernelError: As `check_tensors`.
+    """
+    made = [gradient if gradient is None else gradient.contiguous() for gradient in gradients]
+    per_token = [*numbers, *made]
+    given = [tensor for tensor in per_token if tensor is not None]
+    check_tensors(name, given, device=device, dtypes=(torch.float32,))
+    return per_token

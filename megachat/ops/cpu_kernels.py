@@ -200,17 +200,8 @@ def token_logprobs_backward(
     """The gradient of a slice's logits; a gradient that is None is 0."""
     name, targets = "token_logprobs_backward", targets.contiguous()
     check_tensors(name, (logits,), indices=(targets,))
-    # Autograd's gradient of a sum is one number, expanded.
-    gradients = [
-        grad if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
-    ]
-    per_token = (logsumexp, entropy, *gradients)
-    arguments.check_tensors(
-        name,
-        [tensor for tensor in per_token if tensor is not None],
-        device=logits.device,
-        dtypes=(torch.float32,),
-    )
+    gradients = (grad_logprobs, grad_entropy)
+    per_token = arguments.numbers_of_tokens(name, (logsumexp, entropy), gradients, logits.device)
     out = torch.empty_like(logits)
     _call(
         name,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import KernelError
-from megachat.ops.arguments import check_tensors
+from megachat.ops.arguments import check_tensors, numbers_of_tokens
 from megachat.ops.build import Recipe, load_library
 from megachat.ops.philox import GROUP_TOKENS
 
@@ -389,17 +389,8 @@ def token_logprobs_backward(
     """The gradient of a slice's logits."""
     name, targets = "token_logprobs_backward", targets.contiguous()
     _check(name, (logits,), indices=(targets,))
-    # Autograd's gradient of a sum is one number, expanded.
-    gradients = [
-        grad if grad is None else grad.contiguous() for grad in (grad_logprobs, grad_entropy)
-    ]
-    per_token = (logsumexp, entropy, *gradients)
-    check_tensors(
-        name,
-        [tensor for tensor in per_token if tensor is not None],
-        device=logits.device,
-        dtypes=(torch.float32,),
-    )
+    gradients = (grad_logprobs, grad_entropy)
+    per_token = numbers_of_tokens(name, (logsumexp, entropy), gradients, logits.device)
     out = torch.empty_like(logits)
     launchers(logits.device).launch(
         name,

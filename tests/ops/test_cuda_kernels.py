@@ -209,8 +209,6 @@ def test_the_backend_computes_what_the_reference_does_in_float64(
 def test_a_gpu_computes_what_the_reference_does_in_float64(
     op: Op, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)
     _assert_exact(op, dtype, "cuda")
 
@@ -323,8 +321,6 @@ def test_a_gpu_draws_what_the_reference_draws_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An edge of top-k 1 is the kernel's own logit, or none is."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     monkeypatch.setattr(cuda_kernels, "launchers", OF_A_DEVICE)
     draws = _draws(dtype, temperature=temperature, penalty=1.7, top_k=top_k, top_p=top_p)
     expected = draws.on(Backend.REFERENCE, device="cuda")

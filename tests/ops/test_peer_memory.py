@@ -166,8 +166,6 @@ def _sum_on_one_gpu(rank: int, store: str) -> None:
 @pytest.mark.gpu
 def test_two_processes_on_one_gpu_sum_through_its_memory(tmp_path: Path) -> None:
     """They start anew: a process that was forked from one with CUDA has none."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     store = (tmp_path / "store").as_uri()
     context = torch.multiprocessing.spawn(_sum_on_one_gpu, (store,), nprocs=2, join=False)
     deadline = time.monotonic() + GPU_TIMEOUT_SECONDS

@@ -25,20 +25,29 @@ struct Pages {
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// Fetches what comes next, a head of a token a call, in the order in which it lies in memory: in a
-// page, the part of some heads is a piece of each token, which no processor foresees.
+// Fetches the page that comes next, as much as a head of a token in each call. Memory delivers more
+// to several streams than to one: the page's quarters come side by side, each in the order in which
+// it lies in memory.
 template <class T>
 class Fetcher {
 public:
     // Heads [0, count) of each token of the page at `page`; null fetches nothing.
     Fetcher(const T* page, const Pages& pages, int64_t count)
-        : at_(page), rest_(pages.token_stride() - count * pages.dim), dim_(pages.dim),
-          count_(count) {}
+        : at_(page), quarter_(pages.block_size / kStreams * pages.token_stride()),
+          rest_(pages.token_stride() - count * pages.dim), dim_(pages.dim),
+          lines_((pages.dim + kLine - 1) / kLine), count_(count) {}
 
     void step() {
-        constexpr int64_t kLine = 64 / sizeof(T);
         if (!at_) return;
-        for (int64_t i = 0; i < dim_; i += kLine) __builtin_prefetch(at_ + i);
+        for (int64_t line = call_ * lines_ / kStreams; line < (call_ + 1) * lines_ / kStreams;
+             ++line) {
+#pragma GCC unroll 4
+            for (int stream = 0; stream < kStreams; ++stream) {
+                __builtin_prefetch(at_ + stream * quarter_ + line * kLine);
+            }
+        }
+        if (++call_ < kStreams) return;
+        call_ = 0;
         at_ += dim_;
         if (++head_ < count_) return;
         head_ = 0;
@@ -46,10 +55,16 @@ public:
     }
 
 private:
+    static constexpr int kStreams = 4;
+    static constexpr int64_t kLine = 64 / sizeof(T);
+
     const T* at_;
-    int64_t rest_;  // elements between the last head of a token and the first one of the next
+    int64_t quarter_;  // elements between the streams
+    int64_t rest_;     // elements between the last head of a token and the first one of the next
     int64_t dim_;
+    int64_t lines_;  // of a head
     int64_t count_;
+    int64_t call_ = 0;  // of those for a head of each stream
     int64_t head_ = 0;
 };
 
@@ -254,10 +269,10 @@ struct Rows {
 template <class T, class Before>
 void decode(Team& team, const T* query, const T* keys, const T* values, const Rows& rows,
             const Pages& pages, T* out, const Before& before) {
-    // Few rows leave threads without work: then the heads of a row are shared out as well. Whole
-    // rows are read faster, since their pages lie in one piece.
+    // Fewer rows than threads leave threads without work: then the heads of a row are shared out as
+    // well, no finer than that: whole rows are read faster, since their pages lie in one piece.
     const int64_t some = std::max<int64_t>(1, rows.count);
-    const int64_t wanted = std::max<int64_t>(1, 4 * team.threads() / some);
+    const int64_t wanted = (team.threads() + some - 1) / some;
     const int64_t share = std::max<int64_t>(1, pages.heads / std::min(wanted, pages.heads));
     const int64_t shares = (pages.heads + share - 1) / share;
     const int64_t row_stride = pages.heads * pages.dim;

@@ -7,66 +7,31 @@
 
 namespace megachat {
 
-constexpr int kRows = 3;    // of the weight, read together
+constexpr int kRows = 3;    // of the weight, read together: a group
 constexpr int kTokens = 4;  // 12 sums, 3 weights and an input fill 16 vector registers
 constexpr int kGroups = kBlockRows / kRows;
 
-// Vectors for the sums of `kRows` rows and `kTokens` tokens.
-constexpr int kSumVectors = (kRows * kTokens + kLanes - 1) / kLanes;
-
-// Where the sum of row r of token t is among them: at `of[t * rows + r]`.
-struct SumLanes {
-    int of[kRows * kTokens];
-
-    constexpr SumLanes() : of() {
-        for (int i = 0; i < kRows * kTokens; ++i) {
-            of[i] = i / kLanes * kLanes + lane_of_sum(i % kLanes);
-        }
-    }
-};
-
-constexpr SumLanes kLane;
-
-// The sums of a block for all tokens: for each `kTokens` tokens, for each `kRows` rows, the
-// sum of each row and token.
+// The sums of a block, `[tokens][kBlockRows]` vectors, each of which is added up in the end.
 class Sums {
 public:
-    static int64_t floats(int64_t tokens) {
-        return (tokens + kTokens - 1) / kTokens * kGroups * kSumVectors * kLanes;
+    static constexpr int64_t floats(int64_t tokens) { return place(tokens, 0); }
+
+    static constexpr int64_t place(int64_t token, int64_t row) {
+        return (token * kBlockRows + row) * kLanes;
     }
 
-    static constexpr int64_t place(int64_t pass, int64_t group) {
-        return (pass * kGroups + group) * kSumVectors * kLanes;
-    }
-
-    // Those of the tokens of a pass, to[token][row].
-    static void of_pass(const float* sums, int64_t pass, int64_t tokens, int64_t rows, float* to) {
-        const float* from = sums + place(pass, 0);
-        if (tokens == kTokens && rows == kBlockRows) return of_full_pass(from, to);
-        for (int64_t first = 0; first < rows; first += kRows) {
-            const int64_t count = std::min<int64_t>(kRows, rows - first);
-            for (int64_t token = 0; token < tokens; ++token) {
-                for (int64_t row = 0; row < count; ++row) {
-                    to[token * kBlockRows + first + row] =
-                        from[place(0, first / kRows) + kLane.of[token * count + row]];
-                }
-            }
+    // Those of a token's rows [row, row + count), count <= kLanes, a row in a lane.
+    static Floats of(const float* sums, int64_t token, int64_t row, int count) {
+        const float* from = sums + place(token, row);
+        Floats parts[kLanes] = {};
+        // The sum of vector i ends up in lane `lane_of_sum(i)`, which is its own inverse.
+        if (count == kLanes) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) parts[lane_of_sum(i)] = load(from + i * kLanes);
+        } else {
+            for (int i = 0; i < count; ++i) parts[lane_of_sum(i)] = load(from + i * kLanes);
         }
-    }
-
-private:
-    static void of_full_pass(const float* from, float* to) {
-#pragma GCC unroll 4
-        for (int token = 0; token < kTokens; ++token) {
-#pragma GCC unroll 4
-            for (int group = 0; group < kGroups; ++group) {
-#pragma GCC unroll 4
-                for (int row = 0; row < kRows; ++row) {
-                    to[token * kBlockRows + group * kRows + row] =
-                        from[place(0, group) + kLane.of[token * kRows + row]];
-                }
-            }
-        }
+        return sums_of<kLanes>(parts);
     }
 };
 
@@ -120,18 +85,6 @@ private:
     }
 };
 
-// What `finish` makes of one token's sums of `rows` rows from `first` on.
-template <class T, class Finish>
-inline void store_rows(const float* sums, int64_t first, int64_t rows, T* to,
-                       const Finish& finish) {
-    for (int64_t row = 0; row < rows; row += kLanes) {
-        // The last ones once more with those before them, sooner than alone.
-        if (rows >= kLanes) row = std::min(row, rows - kLanes);
-        const int count = static_cast<int>(rows - row);
-        store_first(to + row, finish(load_first(sums + row, count), first + row, count), count);
-    }
-}
-
 // How `multiply` computes products of few tokens.
 template <class T>
 struct FewTokens {
@@ -150,18 +103,32 @@ struct FewTokens {
     }
 
     static void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
-                          int64_t rows, int64_t width, const T* next, float* sums);
+                          int64_t rows, int64_t width, const T* next, bool is_first, float* sums);
 
     template <class Finish>
     static void store_block(const float* sums, int64_t tokens, int64_t first, int64_t rows, T* out,
                             int64_t out_stride, const Finish& finish) {
-        for (int64_t token = 0; token < tokens; token += kTokens) {
-            const int64_t count = std::min<int64_t>(kTokens, tokens - token);
-            float results[kTokens * kBlockRows];
-            Sums::of_pass(sums, token / kTokens, count, rows, results);
-            for (int64_t t = 0; t < count; ++t) {
-                store_rows(results + t * kBlockRows, first, rows,
-                           out + (token + t) * out_stride + first, finish);
+        if (rows == kBlockRows) {  // the compiler then knows how many, and leaves branches out
+            store_rows(sums, tokens, first, kBlockRows, out, out_stride, finish);
+        } else {
+            store_rows(sums, tokens, first, rows, out, out_stride, finish);
+        }
+    }
+
+private:
+    template <class Finish>
+    __attribute__((always_inline)) static void store_rows(const float* sums, int64_t tokens,
+                                                          int64_t first, int64_t rows, T* out,
+                                                          int64_t out_stride,
+                                                          const Finish& finish) {
+        for (int64_t token = 0; token < tokens; ++token) {
+#pragma GCC unroll 3
+            for (int64_t row = 0; row < rows; row += kLanes) {
+                // The last ones once more with those before them, sooner than alone.
+                if (rows >= kLanes) row = std::min(row, rows - kLanes);
+                const int count = static_cast<int>(std::min<int64_t>(kLanes, rows - row));
+                store_first(out + token * out_stride + first + row,
+                            finish(Sums::of(sums, token, row, count), first + row, count), count);
             }
         }
     }

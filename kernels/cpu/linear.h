@@ -23,7 +23,6 @@ template <class Way, class T, class Finish>
 void multiply_rows(const float* inputs, int64_t tokens, const Matrix<T>& weight, int64_t first,
                    int64_t rows, int64_t next_row, float* sums, T* out, int64_t out_stride,
                    const Finish& finish) {
-    std::fill(sums, sums + Way::sum_floats(tokens), 0.0f);
     for (int64_t tile = 0; tile < weight.tiles; ++tile) {
         const T* row = weight.data + tile * weight.tile_stride + first * weight.row_stride;
         for (int64_t i = 0; i < weight.width; i += kInputs) {
@@ -33,7 +32,8 @@ void multiply_rows(const float* inputs, int64_t tokens, const Matrix<T>& weight,
                 next = tile + 1 < weight.tiles ? row + weight.tile_stride
                                                : weight.data + next_row * weight.row_stride;
             }
-            Way::add_block(inputs, tokens, row + i, weight.row_stride, rows, width, next, sums);
+            Way::add_block(inputs, tokens, row + i, weight.row_stride, rows, width, next,
+                           tile == 0 && i == 0, sums);
             inputs += Way::block_floats(tokens, width);
         }
     }

@@ -7,6 +7,13 @@ namespace {
 constexpr int kAtOnce = 12;  // sums: with a few weights and an input they fill 16 vector registers
 constexpr int kStep = 16;    // inputs between two rounds of fetching
 
+// What a pass over a block fetches meanwhile: its share of the next block's rows.
+struct Ahead {
+    const char* at;
+    int64_t row_bytes;
+    int64_t advance;  // bytes for each step along a row
+};
+
 // Elements of some rows, each in all lanes. Three rows share a pointer, or addresses would take
 // more registers than there are.
 template <int Rows>
@@ -63,7 +70,7 @@ __attribute__((always_inline)) inline void add_input(const float*& x, Elements<R
 // sums += the products of `Rows` rows with a pass's tokens over `width` inputs.
 template <int Vectors, int Rows>
 inline void add_products(const float* x, const float* weight, int64_t row_stride, int64_t width,
-                         const Ahead& ahead, float* sums) {
+                         const Ahead& ahead, bool is_first, float* sums) {
     Floats total[Rows][Vectors] = {};
     Elements<Rows> elements(weight, row_stride);
     const char* fetch = ahead.at;
@@ -81,7 +88,7 @@ inline void add_products(const float* x, const float* weight, int64_t row_stride
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
             float* to = sums + (r * Vectors + v) * kLanes;
-            store(to, load(to) + total[r][v]);
+            store(to, is_first ? total[r][v] : load(to) + total[r][v]);
         }
     }
 }
@@ -89,7 +96,7 @@ inline void add_products(const float* x, const float* weight, int64_t row_stride
 // A pass over a block.
 template <int Vectors>
 inline void add_rows(const float* x, const float* weight, int64_t row_stride, int64_t rows,
-                     int64_t width, const Ahead& ahead, float* sums) {
+                     int64_t width, const Ahead& ahead, bool is_first, float* sums) {
     constexpr int64_t kTogether = kAtOnce / Vectors;
     int64_t row = 0;
     const auto ahead_of = [&](int64_t r) {
@@ -97,11 +104,11 @@ inline void add_rows(const float* x, const float* weight, int64_t row_stride, in
     };
     for (; row + kTogether <= rows; row += kTogether) {
         add_products<Vectors, kTogether>(x, weight + row * row_stride, row_stride, width,
-                                         ahead_of(row), sums + row * Vectors * kLanes);
+                                         ahead_of(row), is_first, sums + row * Vectors * kLanes);
     }
     for (; row < rows; ++row) {
         add_products<Vectors, 1>(x, weight + row * row_stride, row_stride, width, ahead_of(row),
-                                 sums + row * Vectors * kLanes);
+                                 is_first, sums + row * Vectors * kLanes);
     }
 }
 
@@ -165,7 +172,8 @@ void ManyTokens<T>::lay_out(const T* x, int64_t tokens, const Matrix<T>& weight,
 
 template <class T>
 void ManyTokens<T>::add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
-                              int64_t rows, int64_t width, const T* next, float* sums) {
+                              int64_t rows, int64_t width, const T* next, bool is_first,
+                              float* sums) {
     constexpr int64_t kBytes = sizeof(T);
     const int64_t passes = (vectors(tokens) + kVectors - 1) / kVectors;
     const int64_t share = width * kBytes / passes;
@@ -177,13 +185,16 @@ void ManyTokens<T>::add_block(const float* x, int64_t tokens, const T* weight, i
         const float* from = x + first * width * kLanes;
         switch (count) {  // never 1: that many tokens are few
             case 2:
-                add_rows<2>(from, block.weight, block.row_stride, rows, width, ahead, to);
+                add_rows<2>(from, block.weight, block.row_stride, rows, width, ahead, is_first,
+                            to);
                 break;
             case 3:
-                add_rows<3>(from, block.weight, block.row_stride, rows, width, ahead, to);
+                add_rows<3>(from, block.weight, block.row_stride, rows, width, ahead, is_first,
+                            to);
                 break;
             default:
-                add_rows<4>(from, block.weight, block.row_stride, rows, width, ahead, to);
+                add_rows<4>(from, block.weight, block.row_stride, rows, width, ahead, is_first,
+                            to);
         }
         ahead.at += share;
     });

@@ -43,7 +43,7 @@ struct ManyTokens {
     // sums += the products of a block, `rows` <= kBlockRows rows by `width` <= kInputs inputs, with
     // all tokens; fetches the block at `next` meanwhile.
     static void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
-                          int64_t rows, int64_t width, const T* next, float* sums);
+                          int64_t rows, int64_t width, const T* next, bool is_first, float* sums);
 
     template <class Finish>
     static void store_block(const float* sums, int64_t tokens, int64_t first, int64_t rows, T* out,

@@ -1,4 +1,4 @@
-// What products of both kinds share: the weight, its blocks, what is fetched meanwhile.
+// What products of both kinds share: the weight and its blocks.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,6 @@ struct Matrix {
     int64_t row_stride;
 
     int64_t in() const { return tiles * width; }
-};
-
-// What a pass over a block fetches meanwhile: its share of the next block's rows.
-struct Ahead {
-    const char* at;
-    int64_t row_bytes;
-    int64_t advance;  // bytes for each step along a row
 };
 
 }  // namespace megachat

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace megachat {
 
@@ -79,12 +80,17 @@ inline void together(int threads, const Work& work) {
     }
 }
 
-// Working memory of one thread, kept between calls and overwritten by the next user.
+// Working memory of one thread, kept between calls and overwritten by the next user. It begins
+// with a cache line: a vector that lies in two lines is loaded twice.
 inline float* workspace(int64_t floats) {
-    thread_local std::unique_ptr<float[]> memory;
+    constexpr std::align_val_t kLine{64};
+    struct Delete {
+        void operator()(float* memory) const { ::operator delete(memory, kLine); }
+    };
+    thread_local std::unique_ptr<float, Delete> memory;
     thread_local int64_t size = 0;
     if (size < floats) {
-        memory.reset(new float[floats]);
+        memory.reset(static_cast<float*>(::operator new(floats * sizeof(float), kLine)));
         size = floats;
     }
     return memory.get();

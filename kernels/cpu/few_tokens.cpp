@@ -23,58 +23,52 @@ inline void add_part(const float* x, const T* weight, int64_t row_stride, int re
     }
 }
 
-// One vector's bytes of `Rows` rows times those of `Tokens` tokens.
-template <class T, int Rows, int Tokens>
-__attribute__((always_inline)) inline void add_step(const float*& x, const T* weight,
-                                                    int64_t row_stride,
-                                                    Floats (&total)[Tokens * Rows]) {
-    add_part<T, 0, Rows, Tokens>(x, weight, row_stride, -1, total);
-    if constexpr (kParts<T> == 2) {
-        add_part<T, 1, Rows, Tokens>(x, weight, row_stride, -1, total);
-    }
-    x += kParts<T> * Tokens * kLanes;
-}
-
 // What a call of `add_products` fetches meanwhile: its share of each row of the next block. Memory
 // delivers more to several streams than to one; so one row of each group is fetched at a time, side
 // by side. That asks for most lines more than once, which is faster than doing so sparingly.
 class Ahead {
 public:
-    // The share of call `call` of those for `passes` over a block `[kBlockRows][width]` at `next`.
+    // A part of a step reads some bytes of three rows, and a pass fetches those of four groups: so
+    // much of a row meanwhile, if there is one pass.
     template <class T>
-    static Ahead of(const T* next, int64_t row_stride, int64_t width, int64_t passes,
-                    int64_t call) {
-        Ahead ahead;
-        ahead.row_bytes_ = row_stride * static_cast<int64_t>(sizeof(T));
-        // A step reads a vector of three rows, and all calls together fetch four groups of three.
-        ahead.advance_ = kLanes * static_cast<int64_t>(sizeof(float)) * kRows / kGroups / passes;
-        ahead.pairs_ = (width / (2 * Inputs<T>::kStep) + kRows - 1) / kRows;
-        ahead.left_ = ahead.pairs_;
-        ahead.at_ = reinterpret_cast<const char*>(next) + call * 2 * ahead.pairs_ * ahead.advance_;
+    static constexpr int64_t kPartBytes = kLanes * sizeof(T) * kRows / kGroups;
+
+    // The share of the first call of `passes` over a block before `[kBlockRows][width]` at `next`.
+    template <class T>
+    Ahead(const T* next, int64_t row_stride, int64_t width, int64_t passes)
+        : at_(reinterpret_cast<const char*>(next)),
+          row_bytes_(row_stride * static_cast<int64_t>(sizeof(T))),
+          advance_(kParts * kPartBytes<T> / passes),
+          steps_((width / Inputs<T>::kStep + kRows - 1) / kRows),
+          left_(steps_) {}
+
+    // The share of another call.
+    Ahead of_call(int64_t call) const {
+        Ahead ahead = *this;
+        ahead.at_ += call * steps_ * advance_;
         return ahead;
     }
 
-    template <int Step>
-    void fetch() const {
+    void fetch(int64_t offset) const {
 #pragma GCC unroll 4
         for (int g = 0; g < kGroups; ++g) {
-            __builtin_prefetch(at_ + Step * advance_ + g * kRows * row_bytes_, 0, 2);
+            __builtin_prefetch(at_ + g * kRows * row_bytes_ + offset, 0, 2);
         }
     }
 
-    // After two steps.
+    // After a step.
     void advance() {
-        at_ += 2 * advance_;
+        at_ += advance_;
         if (--left_ > 0) return;
-        at_ += row_bytes_ - 2 * pairs_ * advance_;
-        left_ = pairs_;
+        at_ += row_bytes_ - steps_ * advance_;
+        left_ = steps_;
     }
 
 private:
     const char* at_;
     int64_t row_bytes_;
     int64_t advance_;  // bytes of a row for each step
-    int64_t pairs_;    // of steps for each of a group's rows
+    int64_t steps_;    // for each of a group's rows
     int64_t left_;
 };
 
@@ -84,35 +78,32 @@ inline void add_products(const float* x, const T* weight, int64_t row_stride, in
                          Ahead ahead, bool is_first, float* sums) {
     constexpr int64_t kStep = Inputs<T>::kStep;
     Floats total[Tokens * Rows] = {};
-    if (!is_first) {
-#pragma GCC unroll 4
-        for (int t = 0; t < Tokens; ++t) {
-#pragma GCC unroll 4
-            for (int r = 0; r < Rows; ++r) total[t * Rows + r] = load(sums + Sums::place(t, r));
-        }
-    }
     int64_t i = 0;
-    for (; i + 2 * kStep <= width; i += 2 * kStep) {
-        ahead.fetch<0>();
-        add_step<T, Rows, Tokens>(x, weight + i, row_stride, total);
-        ahead.fetch<1>();
-        add_step<T, Rows, Tokens>(x, weight + i + kStep, row_stride, total);
-        ahead.advance();
-    }
     for (; i + kStep <= width; i += kStep) {
-        add_step<T, Rows, Tokens>(x, weight + i, row_stride, total);
+        ahead.fetch(0);
+        add_part<T, 0, Rows, Tokens>(x, weight + i, row_stride, -1, total);
+        // A step of bfloat16 reads half as much: one round is enough.
+        if constexpr (std::is_same_v<T, float>) ahead.fetch(Ahead::kPartBytes<T>);
+        add_part<T, 1, Rows, Tokens>(x, weight + i, row_stride, -1, total);
+        ahead.advance();
+        x += kParts * Tokens * kLanes;
     }
     if (i < width) {
         const int rest = static_cast<int>(width - i);
         add_part<T, 0, Rows, Tokens>(x, weight + i, row_stride, rest, total);
-        if constexpr (kParts<T> == 2) {
-            add_part<T, 1, Rows, Tokens>(x, weight + i, row_stride, rest, total);
-        }
+        add_part<T, 1, Rows, Tokens>(x, weight + i, row_stride, rest, total);
     }
+    // Copies, so that the totals themselves stay in registers and never have an address.
+    Floats done[Tokens * Rows];
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens * Rows; ++t) done[t] = total[t];
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
 #pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) store(sums + Sums::place(t, r), total[t * Rows + r]);
+        for (int r = 0; r < Rows; ++r) {
+            float* to = sums + Sums::place(t, r);
+            store(to, is_first ? done[t * Rows + r] : load(to) + done[t * Rows + r]);
+        }
     }
 }
 
@@ -140,12 +131,12 @@ void FewTokens<T>::add_block(const float* x, int64_t tokens, const T* weight, in
                              float* sums) {
     const int64_t passes = (tokens + kTokens - 1) / kTokens;
     const int64_t part = Inputs<T>::padded(width) * kTokens;
+    const Ahead block(next, row_stride, width, passes);
     for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t token = pass * kTokens;
         const int64_t count = std::min<int64_t>(kTokens, tokens - token);
         for (int64_t first = 0; first < rows; first += kRows) {
-            const Ahead ahead =
-                Ahead::of(next, row_stride, width, passes, pass * kGroups + first / kRows);
+            const Ahead ahead = block.of_call(pass * kGroups + first / kRows);
             const T* from = weight + first * row_stride;
             float* to = sums + Sums::place(token, first);
             switch (rows - first) {

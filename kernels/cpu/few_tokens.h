@@ -39,7 +39,7 @@ public:
 // tokens, part by part of the block, a vector of each token. Zeros fill the last part up.
 template <class T>
 struct Inputs {
-    static constexpr int64_t kStep = kLanes * kParts<T>;
+    static constexpr int64_t kStep = kLanes * kParts;
 
     static int64_t padded(int64_t width) { return (width + kStep - 1) / kStep * kStep; }
 
@@ -69,12 +69,9 @@ private:
             for (int64_t token = 0; token < count; ++token) {
                 const T* from = x + token * stride + i;
                 lay_out_part<0>(from, static_cast<int>(width - i), to + token * kLanes);
-                if constexpr (kParts<T> == 2) {
-                    lay_out_part<1>(from, static_cast<int>(width - i),
-                                    to + (count + token) * kLanes);
-                }
+                lay_out_part<1>(from, static_cast<int>(width - i), to + (count + token) * kLanes);
             }
-            to += count * kParts<T> * kLanes;
+            to += count * kParts * kLanes;
         }
         return to;
     }

@@ -55,15 +55,14 @@ inline Floats load_first(const T* from, int count) {
     return load(padded);
 }
 
-// What a product reads of a weight at once: one vector of floats, or a vector's bytes of bfloat16,
-// which are two vectors: elements 0, 2, 4, ... and elements 1, 3, 5, ... An upper half is a float32
-// as soon as it stands in its place, so that each of the two costs one instruction.
-template <class T>
-constexpr int kParts = std::is_same_v<T, float> ? 1 : 2;
+// What a product reads of a row at once: two vectors. Of bfloat16, which is read as pairs, these
+// are elements 0, 2, 4, ... and elements 1, 3, 5, ...: an upper half is a float32 as soon as it
+// stands in its place, so that each of the two costs one instruction.
+constexpr int kParts = 2;
 
 template <int Part>
 inline Floats load_part(const float* from) {
-    return load(from);
+    return load(from + Part * kLanes);
 }
 
 template <int Part>
@@ -76,7 +75,7 @@ inline Floats load_part(const BFloat16* from) {
 // As `load_part` of the first `count` elements and zeros behind them; reads no further.
 template <int Part, class T>
 inline Floats load_first_part(const T* from, int count) {
-    T padded[kLanes * kParts<T>] = {};
+    T padded[kLanes * kParts] = {};
     std::memcpy(padded, from, count * sizeof(T));
     return load_part<Part>(padded);
 }

@@ -28,8 +28,8 @@ inline void add_part(const float* x, const T* weight, int64_t row_stride, int re
 // by side. That asks for most lines more than once, which is faster than doing so sparingly.
 class Ahead {
 public:
-    // A part of a step reads some bytes of three rows, and a pass fetches those of four groups: so
-    // much of a row meanwhile, if there is one pass.
+    // While a part of a step reads a vector of three rows, as many bytes are to be fetched, from a
+    // row of each of four groups: so many of each, if there is one pass.
     template <class T>
     static constexpr int64_t kPartBytes = kLanes * sizeof(T) * kRows / kGroups;
 
@@ -72,7 +72,8 @@ private:
     int64_t left_;
 };
 
-// sums += the products of `Rows` rows with `Tokens` tokens over `width` inputs.
+// sums += the products of `Rows` rows with `Tokens` tokens over `width` inputs, or
+// sums = them, of the first inputs.
 template <class T, int Rows, int Tokens>
 inline void add_products(const float* x, const T* weight, int64_t row_stride, int64_t width,
                          Ahead ahead, bool is_first, float* sums) {

@@ -99,6 +99,7 @@ struct FewTokens {
         Inputs<T>::lay_out(x, tokens, weight, to);
     }
 
+    // As that of `ManyTokens`.
     static void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
                           int64_t rows, int64_t width, const T* next, bool is_first, float* sums);
 

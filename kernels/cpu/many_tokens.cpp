@@ -67,7 +67,8 @@ __attribute__((always_inline)) inline void add_input(const float*& x, Elements<R
     elements.advance();
 }
 
-// sums += the products of `Rows` rows with a pass's tokens over `width` inputs.
+// sums += the products of `Rows` rows with a pass's tokens over `width` inputs, or
+// sums = them, of the first inputs.
 template <int Vectors, int Rows>
 inline void add_products(const float* x, const float* weight, int64_t row_stride, int64_t width,
                          const Ahead& ahead, bool is_first, float* sums) {

@@ -41,7 +41,8 @@ struct ManyTokens {
     static void lay_out(const T* x, int64_t tokens, const Matrix<T>& weight, float* to);
 
     // sums += the products of a block, `rows` <= kBlockRows rows by `width` <= kInputs inputs, with
-    // all tokens; fetches the block at `next` meanwhile.
+    // all tokens, or sums = them for the first block of these rows; fetches the block at `next`
+    // meanwhile.
     static void add_block(const float* x, int64_t tokens, const T* weight, int64_t row_stride,
                           int64_t rows, int64_t width, const T* next, bool is_first, float* sums);
 

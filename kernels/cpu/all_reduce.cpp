@@ -17,7 +17,6 @@
 namespace megachat {
 namespace {
 
-constexpr int64_t kLine = 64;       // bytes; a flag has one to itself
 constexpr int kYields = 256;        // before it is left to them: whoever is missing is not close
 constexpr int64_t kNap = 50000;     // nanoseconds
 constexpr int64_t kPatience = 100;  // milliseconds until the caller hears that somebody is missing
@@ -25,16 +24,16 @@ constexpr int64_t kPatience = 100;  // milliseconds until the caller hears that 
 using Flag = std::atomic<int64_t>;
 static_assert(Flag::is_always_lock_free, "processes share it");
 
-// A flag for each rank, then its two places for messages, rank by rank.
+// A flag for each rank, in a cache line of its own, then its two places for messages, rank by rank.
 struct Region {
     char* at;
     int64_t ranks;
     int64_t place_bytes;  // of a message at most, whole lines
 
-    Flag& calls(int64_t rank) const { return *reinterpret_cast<Flag*>(at + rank * kLine); }
+    Flag& calls(int64_t rank) const { return *reinterpret_cast<Flag*>(at + rank * kLineBytes); }
 
     char* place(int64_t rank, int64_t call) const {
-        return at + ranks * kLine + (2 * rank + call % 2) * place_bytes;
+        return at + ranks * kLineBytes + (2 * rank + call % 2) * place_bytes;
     }
 };
 
@@ -90,7 +89,7 @@ int64_t collect(T* out, const Region& region, int64_t count, int64_t call) {
 
 // Bytes of a region, which is zero before the first call.
 extern "C" int64_t megachat_all_reduce_region(int64_t ranks, int64_t place_bytes) {
-    return ranks * (megachat::kLine + 2 * place_bytes);
+    return ranks * (megachat::kLineBytes + 2 * place_bytes);
 }
 
 // `message` is `count` elements, at most `place_bytes` of them; `call` counts from 0. What is in

@@ -56,7 +56,7 @@ public:
 
 private:
     static constexpr int kStreams = 4;
-    static constexpr int64_t kLine = 64 / sizeof(T);
+    static constexpr int64_t kLine = kLineBytes / sizeof(T);
 
     const T* at_;
     int64_t quarter_;  // elements between the streams

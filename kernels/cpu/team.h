@@ -15,6 +15,7 @@
 
 namespace megachat {
 
+constexpr int kLineBytes = 64;  // of a cache
 constexpr int kSpins = 4096;  // of who waits, before others may use this processor
 
 // Once round a loop that waits.
@@ -59,9 +60,9 @@ public:
 
 private:
     int threads_ = 1;
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> phase_{0};
+    alignas(kLineBytes) std::atomic<int64_t> next_{0};
+    alignas(kLineBytes) std::atomic<int> arrived_{0};
+    alignas(kLineBytes) std::atomic<int> phase_{0};
 };
 
 // Runs `work(team)` on each of at most `threads` threads.
@@ -83,7 +84,7 @@ inline void together(int threads, const Work& work) {
 // Working memory of one thread, kept between calls and overwritten by the next user. It begins
 // with a cache line: a vector that lies in two lines is loaded twice.
 inline float* workspace(int64_t floats) {
-    constexpr std::align_val_t kLine{64};
+    constexpr std::align_val_t kLine{kLineBytes};
     struct Delete {
         void operator()(float* memory) const { ::operator delete(memory, kLine); }
     };

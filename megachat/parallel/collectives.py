@@ -162,6 +162,72 @@ def start_exchange(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingReduction:
+    """A reduce-scatter that was started; its tensor may not be touched before `wait`."""
+
+    transfer: PendingTransfer
+    own: Tensor
+    """This rank's part, the sum over the group after `wait`."""
+    before: tuple[Tensor, ...] = ()
+    """What ranks ahead of this one in the group add; none where the backend does the adding."""
+    after: tuple[Tensor, ...] = ()
+    """What the ranks behind it add."""
+
+    @property
+    def staged_bytes(self) -> int:
+        """Memory beside the tensor itself, until `wait`."""
+        return sum(part.nbytes for part in (*self.before, *self.after))
+
+    def wait(self) -> None:
+        """Returns when the sum stands in `own` (on CUDA: for the current stream); once."""
+        self.transfer.wait()
+        if self.before:
+            total, *others = self.before
+            for part in others:
+                total.add_(part)
+            self.own.add_(total)
+        for part in self.after:
+            self.own.add_(part)
+
+
+def start_reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> PendingReduction:
+    """Sums each of equal parts of `whole` over the group, in place, on the rank that owns it.
+
+    The i-th part belongs to rank i of the group; what is left in the other parts is undefined.
+    NCCL does it itself. gloo's reduce-scatter is an all-reduce of a copy, which moves twice the
+    bytes, so elsewhere every rank sends each part to its owner, who adds them in group order:
+    the same order for all elements, whoever owns them.
+
+    Args:
+        whole: Contiguous, a multiple of the group's size long.
+        group: The ranks.
+    """
+    parts = whole.view(-1).chunk(group.size())
+    rank = group.rank()
+    own = parts[rank]
+    if group.size() == 1:
+        return PendingReduction(transfer=PendingTransfer(works=(), received_bytes=0), own=own)
+    if dist.get_backend(group) == "nccl":
+        work = dist.reduce_scatter_single(own, whole.view(-1), group=group, async_op=True)
+        transfer = PendingTransfer(works=(work,), received_bytes=whole.nbytes - own.nbytes)
+        return PendingReduction(transfer=transfer, own=own)
+    # Everyone starts with another peer, so that no rank is sent everything at once.
+    peers = [(rank + distance) % group.size() for distance in range(1, group.size())]
+    staged = {peer: torch.empty_like(own) for peer in peers}
+    transfer = start_exchange(
+        sends=[(peer, parts[peer]) for peer in peers],
+        receives=[(peer, staged[peer]) for peer in reversed(peers)],
+        group=group,
+    )
+    return PendingReduction(
+        transfer=transfer,
+        own=own,
+        before=tuple(staged[peer] for peer in range(rank)),
+        after=tuple(staged[peer] for peer in range(rank + 1, group.size())),
+    )
+
+
 def _are_neighbours(slots: Sequence[Tensor]) -> bool:
     """Whether equal contiguous tensors lie one after the other in memory."""
     start, size = slots[0].data_ptr(), slots[0].nbytes

@@ -322,6 +322,7 @@ class TrainEngine(ForwardEngine):
             groups=self.groups,
             config=optimizer,
             decayed={name for name, spec in specs.items() if spec.decays},
+            shared=[*model.tensor_reduced_parameters(), *model.tied_parameters()],
             storage=storage,
         )
         self._optimizer_config = optimizer
@@ -331,6 +332,11 @@ class TrainEngine(ForwardEngine):
         self._state, self._gradients = MovableTensors(()), MovableTensors(())
         self._is_paused = False
         self.steps_done = 0
+        """Steps that have taken a batch, skipped ones among them: what schedules go by."""
+        self.skipped_steps = 0
+        """Those that changed nothing, since a gradient was not finite."""
+        self.skipped_in_a_row = 0
+        """How many of them came last."""
 
     def pause(self, *, offload_state: bool, lend_gradients: bool) -> PauseReport:
         """Frees memory of the device that only training needs, until `resume`.
@@ -382,7 +388,8 @@ class TrainEngine(ForwardEngine):
         reported: list[Any] = []
         # The schedule divides each loss by the number of micro-batches; ours are already shares of
         # the global loss.
-        scale = self._zero1.gradient_scale * len(micro_batches)
+        scale = len(micro_batches)
+        self._zero1.begin_gradients(passes=len(micro_batches))
 
         def collect(micro_batch: _MicroBatch[BatchT], output: Tensor) -> tuple[Tensor, Any]:
             terms = _terms_of(loss, micro_batch, output)
@@ -403,6 +410,8 @@ class TrainEngine(ForwardEngine):
         report = self._zero1.step(rate)
         self._has_gradient = False
         self.steps_done += 1
+        self.skipped_steps += report.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         return report
 
     def weights_loaded(self) -> None:

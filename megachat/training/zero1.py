@@ -3,7 +3,8 @@
 megatron-core's schedule runs the backward passes on the bare model; DeepSpeed contributes the
 partitioned optimizers only. Its engine is not used: it keeps one process-wide `mpu`, and a job has
 several layouts. fp32 models train in fp32; bf16 models keep fp32 masters and accumulate gradients
-in fp32, which are reduced over an explicit group here.
+in fp32. Either way gradients lie in flat fp32 buffers that `training.gradients` reduces to their
+owners, and DeepSpeed reads the own part of each.
 """
 
 import contextlib
@@ -13,21 +14,25 @@ import importlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megachat.errors import ConfigError
-from megachat.parallel.collectives import all_reduce_sum
-from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.collectives import all_reduce_max
+from megachat.parallel.groups import DeepSpeedMpu, ProcessGroups
+from megachat.training.gradients import GradientReducer, OwnGradient, own_gradients
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.storage import FlatStorage
 
-_BUCKET_ELEMENTS = 2**26
-"""Elements that DeepSpeed reduces or gathers in one call: 256 MiB of fp32."""
+_BUCKET_ELEMENTS = 2**24
+"""Elements of a flat buffer at which the next one begins: 64 MiB of fp32 gradients. A buffer is
+what one call reduces or gathers; large enough for the full speed of a network, and small enough
+that the last of them, for which no backward pass is left to hide behind, is soon over."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in torch's optimizer state."""
@@ -49,8 +54,8 @@ class OptimizerTensors:
     """What an optimizer keeps beside the weights between two steps, by pool; fp32."""
 
     gradients: tuple[Tensor, ...]
-    """Buffers of the whole shard's gradients, all zero after a step. None for an fp32 model, for
-    which DeepSpeed allocates gradients in each backward pass."""
+    """Buffers of the whole shard's gradients, all zero after a step. None for an fp32 model, whose
+    buffers live from `begin_gradients` to `step`."""
     masters: tuple[Tensor, ...]
     """This data rank's part of the weights."""
     moments: tuple[Tensor, ...]
@@ -67,6 +72,7 @@ class Zero1Optimizer:
         groups: ProcessGroups,
         config: OptimizerConfig,
         decayed: set[str],
+        shared: Collection[nn.Parameter] = (),
         storage: FlatStorage | None = None,
     ) -> None:
         """Shards the optimizer state over the data ranks; parameters become views of flat buffers.
@@ -76,6 +82,8 @@ class Zero1Optimizer:
             groups: The layout's communicators.
             config: AdamW's constants.
             decayed: Names of the parameters that weight decay applies to.
+            shared: Parameters whose gradients the caller changes between the backward passes and
+                `reduce_gradients`, such as by sums over a tensor group.
             storage: Where the flat buffers live, and how parameters are grouped into them; None
                 leaves both to the optimizer.
 
@@ -87,10 +95,10 @@ class Zero1Optimizer:
         if dtypes not in ({torch.float32}, {torch.bfloat16}):
             raise ConfigError(f"training needs one dtype of float32 and bfloat16, got {dtypes}")
         self._is_bf16 = dtypes == {torch.bfloat16}
-        self._data_group = groups.data
-        self._parameters, self._storage = named, storage
-        by_decay = [[n for n in named if n in decayed], [n for n in named if n not in decayed]]
-        names = by_decay if storage is None else storage.parameter_groups
+        self._groups, self._parameters, self._storage = groups, named, storage
+        names = (
+            _buckets(named, decayed, groups=groups) if storage is None else storage.parameter_groups
+        )
         fillers = [None if group else _filler(next(iter(named.values()))) for group in names]
         base = torch.optim.AdamW(
             [
@@ -110,11 +118,38 @@ class Zero1Optimizer:
         self._optimizer = _build_deepspeed_optimizer(
             base, labels, groups=groups, clip_norm=config.clip_norm, storage=storage
         )
+        self._reducer = GradientReducer(
+            [[named[name] for name in group] for group in names],
+            forward_order=list(named.values()),
+            shared=shared,
+            group=groups.data,
+        )
+        self._flat_gradients: Sequence[Tensor] = ()
+        self._own: list[list[OwnGradient]] = []
+        if self._is_bf16:
+            self._take_gradients(self._optimizer.fp32_groups_gradients_flat)
+            self._optimizer.counted_gradients = [
+                own.value for group in self._own for own in group if self._is_counted(own.parameter)
+            ] or [self._flat_gradients[0][:0]]
 
-    @property
-    def gradient_scale(self) -> float:
-        """Factor to apply to a loss so that the reduced gradient is the *sum* over data ranks."""
-        return 1.0 if self._is_bf16 else float(self._data_group.size())
+    def begin_gradients(self, *, passes: int) -> None:
+        """Prepares for the gradients of one step; comes before its backward passes.
+
+        Args:
+            passes: Backward passes that add to the gradients. In the last one, reductions start
+                while it still runs.
+        """
+        if not self._is_bf16:
+            self._take_gradients([flat.new_zeros(flat.numel()) for flat in self._flats()])
+            for flat, parameters in zip(self._flat_gradients, self._members(), strict=True):
+                sizes = [parameter.numel() for parameter in parameters]
+                for parameter, part in zip(
+                    parameters,
+                    flat.split_with_sizes([*sizes, flat.numel() - sum(sizes)]),
+                    strict=False,
+                ):
+                    parameter.grad = part.view_as(parameter)
+        self._reducer.begin(self._flat_gradients, passes=passes)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """The accumulated gradient of a local parameter, before `reduce_gradients`."""
@@ -123,13 +158,58 @@ class Zero1Optimizer:
         return gradient
 
     def reduce_gradients(self) -> None:
-        """Sums the accumulated gradients over the data ranks."""
-        if self._is_bf16:
-            flat_gradients, _ = self._optimizer.get_grads_for_reduction()
-            for gradient in flat_gradients:
-                all_reduce_sum(gradient, self._data_group)
-        else:
-            self._optimizer.reduce_gradients(pipeline_parallel=True)
+        """Sums the accumulated gradients over the data ranks, each part on its owner."""
+        self._reducer.finish()
+        self._mark_hidden_faults()
+        if not self._is_bf16:
+            # The parameters' own `grad` keeps each buffer alive until its group is updated.
+            self._optimizer.averaged_gradients = {
+                index: _OwnPart(own, flat, self._groups.data)
+                for index, (own, flat) in enumerate(
+                    zip(self._own, self._flat_gradients, strict=True)
+                )
+            }
+            self._flat_gradients, self._own = (), []
+
+    def _flats(self) -> list[Tensor]:
+        """DeepSpeed's flat buffers of weights."""
+        return _buffers(self._optimizer, is_bf16=self._is_bf16)[0]
+
+    def _members(self) -> list[list[nn.Parameter]]:
+        """The parameters in each of them, in order."""
+        inner = self._optimizer
+        members: list[list[nn.Parameter]] = (
+            inner.bf16_groups if self._is_bf16 else inner.bit16_groups
+        )
+        return members
+
+    def _take_gradients(self, flats: Sequence[Tensor]) -> None:
+        """Works on these flat buffers, one for each of the weights'."""
+        self._flat_gradients = flats
+        self._own = [
+            own_gradients(parameters, flat, self._groups.data)
+            for parameters, flat in zip(self._members(), flats, strict=True)
+        ]
+
+    def _is_counted(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient norm counts this rank's copy of a parameter; DeepSpeed's rule."""
+        marks = vars(parameter)
+        if marks.get("ds_pipe_replicated", False):
+            return False
+        return self._groups.coordinate.tensor == 0 or bool(marks.get("tensor_model_parallel"))
+
+    def _mark_hidden_faults(self) -> None:
+        """Lets a gradient that is not finite spoil the norm where the norm leaves its copy out.
+
+        The step would otherwise write it into this copy's weights and moments. Adding zero, or NaN
+        if the copies hold a fault, to one counted element needs neither a collective nor a wait for
+        the device, and changes no finite sum.
+        """
+        parts = [own for group in self._own for own in group]
+        hidden = [own.value for own in parts if not self._is_counted(own.parameter)]
+        counted = [own.value for own in parts if self._is_counted(own.parameter)]
+        if hidden and counted:
+            counted[0][:1].add_(0.0 * nn.utils.get_total_norm(hidden))
 
     def step(self, learning_rate: float) -> StepReport:
         """Clips, updates the own part of the state, gathers the parameters, clears gradients."""
@@ -185,6 +265,57 @@ class Zero1Optimizer:
         )
 
 
+def _buckets(
+    named: Mapping[str, nn.Parameter], decayed: set[str], *, groups: ProcessGroups
+) -> list[list[str]]:
+    """Names for each flat buffer: neighbours in the model that all decay or all do not.
+
+    One data rank has nothing to reduce and takes two buffers. Pipeline stages need equally many,
+    since they sum the norms of their buffers: where one has fewer, the rest are empty.
+    """
+    limit = _BUCKET_ELEMENTS if groups.layout.data > 1 else math.inf
+    kinds: list[list[list[str]]] = []
+    for decays in (True, False):
+        buckets: list[list[str]] = [[]]
+        size = 0
+        for name, parameter in named.items():
+            if (name in decayed) is not decays:
+                continue
+            if size >= limit:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(name)
+            size += parameter.numel()
+        kinds.append(buckets)
+    device = next(iter(named.values())).device
+    counts = torch.tensor([len(buckets) for buckets in kinds], device=device)
+    most = all_reduce_max(counts, groups.model).tolist()
+    for buckets, count in zip(kinds, most, strict=True):
+        buckets += [[] for _ in range(count - len(buckets))]
+    return [bucket for buckets in kinds for bucket in buckets]
+
+
+class _OwnPart(list[Tensor]):
+    """The own part of a flat gradient buffer, as DeepSpeed's fp32 optimizer takes it.
+
+    The norm reads it in pieces; the update takes it whole (`flat_partition`) and needs no copy.
+    """
+
+    def __init__(self, own: Sequence[OwnGradient], flat: Tensor, group: dist.ProcessGroup) -> None:
+        super().__init__(each.value for each in own)
+        self.flat_partition = flat.chunk(group.size())[group.rank()]
+
+
+class _SumOverAllRanks(DeepSpeedMpu):
+    """The `mpu` of an optimizer of whose gradients every rank of the job has another part."""
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Where the squared norms of the parts are summed."""
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+
+
 def _filler(like: nn.Parameter) -> nn.Parameter:
     """Stands in for a group that another stage has: all stages reduce the norms of all groups."""
     return nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
@@ -206,20 +337,20 @@ def _build_deepspeed_optimizer(
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    is_sharded = groups.layout.data > 1
     common = {
-        "mpu": groups.deepspeed_mpu,
         "clip_grad": clip_norm,
         "allgather_bucket_size": _BUCKET_ELEMENTS,
         "dp_process_group": groups.data,
         "timers": importlib.import_module("deepspeed.utils.timer").NoopTimer(),
     }
-    num_elements = sum(parameter.numel() for parameter in labels)
     with _quiet_memory_statistics():
         if next(iter(labels)).dtype is torch.bfloat16:
             precision = importlib.import_module("deepspeed.runtime.precision_config")
             return _bf16_optimizer_class()(
                 base,
                 labels,
+                mpu=_SumOverAllRanks(groups) if is_sharded else groups.deepspeed_mpu,
                 # immediate_grad_update adds each bf16 gradient to the fp32 one once it exists.
                 bfloat16_config=precision.DeepSpeedBF16Config(
                     enabled=True, immediate_grad_update=True
@@ -231,8 +362,9 @@ def _build_deepspeed_optimizer(
         return _fp32_optimizer_class()(
             base,
             labels,
+            mpu=groups.deepspeed_mpu,
             optimizer_params=None,
-            reduce_bucket_size=min(_BUCKET_ELEMENTS, num_elements),
+            contiguous_gradients=False,  # nor hooks for them: the gradients come reduced
             communication_data_type=torch.float32,
             gradient_accumulation_dtype=torch.float32,
             partition_grads=False,
@@ -259,12 +391,13 @@ def _quiet_memory_statistics() -> Iterator[None]:
 
 @functools.cache
 def _bf16_optimizer_class() -> Any:
-    """`BF16_Optimizer`, whose flat buffers go where a `FlatStorage` says."""
+    """`BF16_Optimizer` on reduced gradients; its flat buffers go where a `FlatStorage` says."""
     module: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
 
     class PlacedBf16Optimizer(module.BF16_Optimizer):  # type: ignore[misc]
         def __init__(self, *args: Any, storage: FlatStorage | None, **kwargs: Any) -> None:
             self._placer = _Placer(storage)
+            self.counted_gradients: list[Tensor] = []
             super().__init__(*args, **kwargs)
             self._placer.finish()
 
@@ -272,12 +405,18 @@ def _bf16_optimizer_class() -> Any:
             flat: Tensor = super()._flatten_dense_tensors_aligned(*args, **kwargs)
             return self._placer.place(flat)
 
+        def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
+            """Of the own part only: the others hold what has been sent away."""
+            if for_clipping:
+                return self.fp32_groups_gradient_flat_partition
+            return self.counted_gradients, {}
+
     return PlacedBf16Optimizer
 
 
 @functools.cache
 def _fp32_optimizer_class() -> Any:
-    """`DeepSpeedZeroOptimizer`, whose flat buffers go where a `FlatStorage` says."""
+    """`DeepSpeedZeroOptimizer`, its flat buffers where a `FlatStorage` says."""
     module: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
 
     class PlacedZeroOptimizer(module.DeepSpeedZeroOptimizer):  # type: ignore[misc]

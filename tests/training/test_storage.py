@@ -48,6 +48,7 @@ def _train(dtype: torch.dtype) -> tuple[list[str], int, float]:
     optimizer = Zero1Optimizer(
         model, groups=groups, config=CONFIG, decayed={"matrix"}, storage=shelf
     )
+    optimizer.begin_gradients(passes=1)
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.reduce_gradients()
     report = optimizer.step(0.1)
@@ -56,6 +57,7 @@ def _train(dtype: torch.dtype) -> tuple[list[str], int, float]:
         for parameter in model.parameters():
             parameter.add_(10.0)
     optimizer.weights_loaded()
+    optimizer.begin_gradients(passes=1)
     for parameter in model.parameters():
         parameter.sum().backward()
     optimizer.reduce_gradients()

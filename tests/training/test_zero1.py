@@ -40,13 +40,13 @@ def _gradients(rank: int, step: int) -> list[Tensor]:
     return [size * torch.randn(shape, generator=generator) for shape in ((5, 3), (7,), (11,))]
 
 
-def _backward(model: _Model, gradients: list[Tensor], scale: float) -> None:
+def _backward(model: _Model, gradients: list[Tensor]) -> None:
     loss = sum(
         (parameter.float() * gradient).sum()
         for parameter, gradient in zip(model.parameters(), gradients, strict=True)
     )
     assert isinstance(loss, Tensor)
-    (loss * scale).backward()
+    loss.backward()
 
 
 def _optimizer(model: _Model, config: OptimizerConfig = CONFIG) -> Zero1Optimizer:
@@ -63,7 +63,8 @@ def _three_steps(
     optimizer = _optimizer(model, config)
     norms = []
     for step, rate in enumerate(RATES):
-        _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+        optimizer.begin_gradients(passes=1)
+        _backward(model, _gradients(dist.get_rank(), step))
         optimizer.reduce_gradients()
         report = optimizer.step(rate)
         assert (report.learning_rate, report.skipped) == (rate, False)
@@ -132,7 +133,8 @@ def _tensors_that_may_leave(dtype: torch.dtype) -> list[tuple[int, int]]:
         assert all(not gradient.any() for gradient in gradients)
         assert {tensor.dtype for tensor in [*state, *gradients]} == {torch.float32}
         found.append((sum(map(Tensor.numel, state)), sum(map(Tensor.numel, gradients))))
-        _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+        optimizer.begin_gradients(passes=1)
+        _backward(model, _gradients(dist.get_rank(), step))
         optimizer.reduce_gradients()
         optimizer.step(0.1)
     return found
@@ -151,22 +153,28 @@ def _accumulate_in_bf16_model() -> dict[str, float]:
     model = _Model(torch.bfloat16)
     optimizer = _optimizer(model, CONFIG.model_copy(update={"clip_norm": 0.0}))
     ones = [torch.ones_like(parameter).float() for parameter in model.parameters()]
+    optimizer.begin_gradients(passes=257)
     for size in (1.0, *[2.0**-9] * 256):
-        _backward(model, [size * one for one in ones], optimizer.gradient_scale)
+        _backward(model, [size * one for one in ones])
     local = optimizer.gradient(model.bias).clone()
     optimizer.reduce_gradients()
-    summed = optimizer.gradient(model.bias).clone()
+    flats = optimizer.optimizer_tensors().gradients
+    own = torch.cat([flat.chunk(dist.get_world_size())[dist.get_rank()] for flat in flats])
+    summed = own[own != 0].clone()
     norm = optimizer.step(0.0).gradient_norm
     return {
         "local": local.unique().item(),
         "summed": summed.unique().item(),
+        "elements": summed.numel(),
         "norm": norm,
         "cleared": optimizer.gradient(model.bias).abs().max().item(),
     }
 
 
 def test_bf16_gradients_are_accumulated_and_reduced_in_fp32() -> None:
-    for found in run_ranks(3, _accumulate_in_bf16_model):
+    results = run_ranks(3, _accumulate_in_bf16_model)
+    assert sum(found.pop("elements") for found in results) == 33
+    for found in results:
         assert found == {
             "local": 1.5,
             "summed": 4.5,
@@ -184,7 +192,8 @@ def _creep() -> tuple[Tensor, Tensor]:
     config = OptimizerConfig(beta1=0.0, beta2=0.0, epsilon=1e-12, clip_norm=0.0)
     optimizer = _optimizer(model, config)
     for _ in range(100):
-        _backward(model, [-torch.ones_like(each).float() for each in model.parameters()], 1.0)
+        optimizer.begin_gradients(passes=1)
+        _backward(model, [-torch.ones_like(each).float() for each in model.parameters()])
         optimizer.reduce_gradients()
         optimizer.step(2.0**-11)
     return model.matrix.detach().clone(), model.bias.detach().clone()
@@ -205,12 +214,14 @@ def _one_bad_element(dtype: torch.dtype, index: int, bad: float) -> dict[str, bo
     for step in range(3):
         gradients = _gradients(rank, step)
         if step != 1:
-            _backward(twin, gradients, clean.gradient_scale)
+            clean.begin_gradients(passes=1)
+            _backward(twin, gradients)
             clean.reduce_gradients()
             clean.step(0.1)
         elif rank == dist.get_world_size() - 1:
             gradients[index].view(-1)[-1] = bad
-        _backward(model, gradients, optimizer.gradient_scale)
+        optimizer.begin_gradients(passes=1)
+        _backward(model, gradients)
         optimizer.reduce_gradients()
         report = optimizer.step(0.1)
         outcomes[f"step {step} skipped"] = report.skipped

@@ -42,5 +42,9 @@ class AgreementError(MegachatError):
     """Two ways to the same numbers that differ by more than round-off."""
 
 
+class DivergenceError(MegachatError):
+    """Training that has stopped to learn: its gradients are not finite any more."""
+
+
 class PhaseError(MegachatError):
     """Weights or memory used in a phase of the run in which they are not valid."""

@@ -80,6 +80,12 @@ class LaunchConfig(ConfigModel):
         description="On CPUs: memory that tensors leave stays with the process, up to 2 GiB, "
         "since new pages cost a quarter of a training step.",
     )
+    max_skipped_steps: int = Field(
+        default=10,
+        ge=1,
+        description="Optimizer steps in a row that may be skipped, since a gradient was not "
+        "finite, before the run ends and leaves the weights of before in last_good.",
+    )
     memory_check: Annotated[MemoryCheck, Field(strict=False)] = MemoryCheck.REFUSE
     """What happens to a run that cannot fit into memory."""
 

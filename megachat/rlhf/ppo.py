@@ -230,6 +230,8 @@ class PPOTrainer:
             "ppo/critic_gradient_norm": critic_step.gradient_norm,
             "ppo/actor_learning_rate": actor_step.learning_rate,
             "ppo/critic_learning_rate": critic_step.learning_rate,
+            "ppo/actor_skipped_steps": actor.skipped_steps,
+            "ppo/critic_skipped_steps": critic.skipped_steps,
         }
         metrics |= {f"ppo/{name}": number for name, number in policy.metrics.items()}
         metrics |= {f"ppo/{name}": number for name, number in value.metrics.items()}

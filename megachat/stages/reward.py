@@ -17,6 +17,7 @@ from megachat.stages.context import RunContext, stage_fingerprint
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import load_model, start_model
+from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
 
@@ -44,6 +45,7 @@ def run_reward(context: RunContext, progress_title: str) -> StageResult:
         total_steps=num_steps,
         seed=seed_for(context.config.run.seed, Stage.REWARD),
     )
+    skipped = SkippedUpdates(context, Stage.REWARD, {"reward": engine})
     with (
         context.open_metrics(Stage.REWARD) as metrics,
         StageProgress(progress_title, total=num_steps) as progress,
@@ -56,8 +58,10 @@ def run_reward(context: RunContext, progress_title: str) -> StageResult:
                 "reward/loss": report.loss,
                 "reward/gradient_norm": update.gradient_norm,
                 "reward/learning_rate": update.learning_rate,
+                "reward/skipped_steps": skipped.total,
             }
             metrics.write(step, values)
+            skipped.check(step)
             progress.advance(values)
         figures = pair_metrics(engine, held_out, config)
         metrics.write(num_steps, {f"reward/held_out_{name}": v for name, v in figures.items()})
@@ -67,7 +71,7 @@ def run_reward(context: RunContext, progress_title: str) -> StageResult:
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.REWARD),
         seconds=time.monotonic() - started,
-        metrics={**figures, "steps": num_steps},
+        metrics={**figures, "steps": num_steps, "skipped_steps": skipped.total},
     )
 
 

@@ -28,6 +28,7 @@ from megachat.stages.evaluation import (
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
 from megachat.stages.roles import load_model
+from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.metrics import MetricsSink
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
@@ -55,6 +56,12 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
         tolerance=config.logprob_tolerance,
     )
 
+    skipped = SkippedUpdates(
+        context,
+        Stage.PROMPTS,
+        {"actor": trainer.engine.actor.training, "critic": trainer.engine.critic},
+    )
+
     def evaluate() -> PolicyEvaluation:
         return evaluate_policy(
             trainer,
@@ -76,7 +83,8 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
             trainer.calibrate(loader)
         steps = []
         for step, prompts in zip(range(num_steps), endless(loader), strict=False):
-            steps.append(ppo_step(trainer, prompts, step=step, metrics=metrics))
+            steps.append(ppo_step(trainer, prompts, step=step, metrics=metrics, skipped=skipped))
+            skipped.check(step)
             progress.advance(steps[-1])
         with timers.phase("evaluate"):
             after = evaluate()
@@ -96,6 +104,7 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
         metrics={
             **figures,
             "steps": num_steps,
+            "skipped_steps": skipped.total,
             "rollout_logprob_gap": max(step["rlhf/rollout_logprob_gap"] for step in steps),
         },
         phase_seconds=timers.self_totals(),
@@ -105,16 +114,25 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
 
 
 def ppo_step(
-    trainer: PPOTrainer, prompts: PromptBatch, *, step: int, metrics: MetricsSink
+    trainer: PPOTrainer,
+    prompts: PromptBatch,
+    *,
+    step: int,
+    metrics: MetricsSink,
+    skipped: SkippedUpdates | None = None,
 ) -> dict[str, float]:
-    """One generation phase and the updates on it; returns what was written."""
+    """One generation phase and the updates on it; returns what was written.
+
+    Updates end early where the policy has moved too far, or where `skipped` has seen enough.
+    """
     started = time.monotonic()
     experience = trainer.generate_experience(prompts)
     values = dict(trainer.experience_metrics)
     for minibatch in trainer.minibatches(experience):
         report = trainer.train_rlhf(minibatch)
         values |= report.metrics
-        if trainer.should_stop(report):
+        is_stuck = skipped is not None and skipped.note(step)
+        if is_stuck or trainer.should_stop(report):
             break
     seconds = time.monotonic() - started
     values["perf/step_seconds"] = seconds

@@ -17,6 +17,7 @@ from megachat.stages.context import RunContext, stage_fingerprint
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import start_model
+from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
 
@@ -45,6 +46,7 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
         total_steps=num_steps,
         seed=seed_for(context.config.run.seed, Stage.SFT),
     )
+    skipped = SkippedUpdates(context, Stage.SFT, {"actor": engine})
     backend = role.logprob_backend
     before = perplexity(engine, held_out, backend=backend)
     with (
@@ -59,8 +61,10 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
                 "sft/token_accuracy": report.metrics["token_accuracy"],
                 "sft/gradient_norm": update.gradient_norm,
                 "sft/learning_rate": update.learning_rate,
+                "sft/skipped_steps": skipped.total,
             }
             metrics.write(step, values)
+            skipped.check(step)
             progress.advance(values)
         after = perplexity(engine, held_out, backend=backend)
         metrics.write(num_steps, {"sft/perplexity": after})
@@ -70,7 +74,12 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.SFT),
         seconds=time.monotonic() - started,
-        metrics={"perplexity_before": before, "perplexity_after": after, "steps": num_steps},
+        metrics={
+            "perplexity_before": before,
+            "perplexity_after": after,
+            "steps": num_steps,
+            "skipped_steps": skipped.total,
+        },
     )
 
 

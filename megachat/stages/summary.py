@@ -172,13 +172,19 @@ def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
         rows=[
             (
                 STAGE_TITLES[stage],
-                f"{result.metrics['steps']:.0f}",
+                _steps(result),
                 format_duration(result.seconds),
                 reached[stage](result.metrics),
             )
             for stage, result in done.items()
         ],
     )
+
+
+def _steps(result: StageResult) -> str:
+    """The number of steps, and how many updates were skipped on the way, if any."""
+    steps, skipped = result.metrics["steps"], result.metrics.get("skipped_steps", 0)
+    return f"{steps:.0f} ({skipped:.0f} skipped)" if skipped else f"{steps:.0f}"
 
 
 def _policy_table(result: StageResult | None) -> Table | None:

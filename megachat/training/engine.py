@@ -337,6 +337,8 @@ class TrainEngine(ForwardEngine):
         """Those that changed nothing, since a gradient was not finite."""
         self.skipped_in_a_row = 0
         """How many of them came last."""
+        self.gradient_norm = 0.0
+        """Of the last step, before clipping; not finite if that was skipped."""
 
     def pause(self, *, offload_state: bool, lend_gradients: bool) -> PauseReport:
         """Frees memory of the device that only training needs, until `resume`.
@@ -410,6 +412,7 @@ class TrainEngine(ForwardEngine):
         report = self._zero1.step(rate)
         self._has_gradient = False
         self.steps_done += 1
+        self.gradient_norm = report.gradient_norm
         self.skipped_steps += report.skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped else 0
         return report

@@ -69,6 +69,9 @@ def _alone() -> list[bool]:
         collectives.all_gather_last_dim(tensor, group),
         collectives.broadcast(tensor, group, source=0),
     ]
+    pending = collectives.start_reduce_scatter(tensor, group)
+    pending.wait()
+    assert pending.transfer.received_bytes == pending.staged_bytes == 0
     thing = object()
     return [
         *(each is tensor for each in same),
@@ -80,3 +83,32 @@ def _alone() -> list[bool]:
 
 def test_a_group_of_one_leaves_everything_as_it_is() -> None:
     assert all(run_ranks(1, _alone)[0])
+
+
+def _sum_parts(dtype: torch.dtype) -> tuple[Tensor, Tensor, int, int]:
+    """What every rank had, this rank's sum of its part, the bytes it got, its extra memory."""
+    groups = ProcessGroups.create(ParallelLayout(tensor=2, data=dist.get_world_size() // 2))
+    group, random = groups.data, torch.Generator().manual_seed(dist.get_rank())
+    whole = torch.randn(group.size() * 1000, generator=random).to(dtype)
+    before = collectives.all_gather_rows(whole[None], group)
+    pending = collectives.start_reduce_scatter(whole, group)
+    staged = pending.staged_bytes
+    pending.wait()
+    own = whole.chunk(group.size())[group.rank()]
+    assert pending.own.data_ptr() == own.data_ptr()
+    return before, own, pending.transfer.received_bytes, staged
+
+
+def test_a_reduce_scatter_adds_in_group_order_and_brings_each_rank_its_part_only() -> None:
+    """On ranks (0, 2, 4, 6) and (1, 3, 5, 7): the order shows in the last bits of fp32 sums."""
+    for rank, (before, own, received, staged) in enumerate(run_ranks(8, _sum_parts, torch.float32)):
+        part = slice(1000 * (rank // 2), 1000 * (rank // 2 + 1))
+        expected = before[0, part]
+        for other in before[1:, part]:
+            expected = expected + other
+        backwards = before[3, part]
+        for other in before.flip(0)[1:, part]:
+            backwards = backwards + other
+        assert torch.equal(own, expected)
+        assert not torch.equal(own, backwards)
+        assert received == staged == 3 * 1000 * 4

@@ -1,11 +1,14 @@
 import contextlib
 import io
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachat.errors import ConfigError
 from megachat.parallel.groups import ProcessGroups
@@ -148,6 +151,59 @@ def test_state_and_dead_gradients_are_those_of_adamw_and_of_bf16_training() -> N
         assert found == [(18, 0), (54, 0)]
 
 
+class _ReceivedBytes(TorchDispatchMode):
+    """Counts below torch.distributed what this rank must get from others, by collective."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            size = dist.get_world_size()
+            moved = {
+                "recv_": lambda: args[0][0].nbytes,
+                "send": lambda: 0,
+                "_allgather_base_": lambda: args[0].nbytes - args[1].nbytes,
+                # A ring's reduce-scatter and all-gather.
+                "allreduce_": lambda: 2 * (size - 1) * args[0][0].nbytes // size,
+            }
+            name = func.overloadpacket.__name__
+            self.by_name[name] += moved[name]()
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes_of_a_step(dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """Bytes by collective, and the largest of what both flat buffers hold together."""
+    model = _Model(dtype)
+    optimizer = _optimizer(model)
+    for _ in range(2):  # the first step makes the moments
+        with _ReceivedBytes() as received:
+            optimizer.begin_gradients(passes=1)
+            _backward(model, _gradients(dist.get_rank(), 0))
+            optimizer.reduce_gradients()
+            assert not optimizer.step(0.1).skipped
+    elements = sum(master.numel() for master in optimizer.optimizer_tensors().masters)
+    return dict(received.by_name), elements * dist.get_world_size()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_moves_each_gradient_and_each_weight_once(
+    world_size: int, dtype: torch.dtype
+) -> None:
+    """(d - 1) / d of both, which no algorithm goes below; norms take a few bytes more."""
+    for found, elements in run_ranks(world_size, _bytes_of_a_step, dtype):
+        others = elements * (world_size - 1) // world_size
+        norms = found.pop("allreduce_")
+        assert found == {
+            "recv_": others * 4,
+            "send": 0,
+            "_allgather_base_": others * dtype.itemsize,
+        }
+        assert norms <= 32
+
+
 def _accumulate_in_bf16_model() -> dict[str, float]:
     """On every rank 1 + 256 x 2^-9: in bf16 the small terms would vanish beside the 1."""
     model = _Model(torch.bfloat16)
@@ -248,6 +304,42 @@ def test_one_element_that_is_not_finite_skips_the_step_everywhere_and_leaves_no_
             finite = [result[f"step {step} finite"] for step in range(3)]
             assert (skipped, finite) == ([False, True, False], [True, False, True])
             assert result["equal"]
+
+
+def _fault_in_a_copy(dtype: torch.dtype) -> dict[str, bool]:
+    """Two tensor ranks hold the same bias; only the one whose copy is not counted has a NaN."""
+    groups = ProcessGroups.create(ParallelLayout(tensor=2, data=dist.get_world_size() // 2))
+    model = _Model(dtype)
+    vars(model.matrix)["tensor_model_parallel"] = True
+    vars(model.other)["tensor_model_parallel"] = True
+    optimizer = Zero1Optimizer(model, groups=groups, config=CONFIG, decayed={"matrix", "other"})
+    outcomes = {}
+    for step in range(3):
+        before = _everything(model, optimizer)
+        gradients = _gradients(groups.coordinate.data, step)
+        if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            gradients[2][3] = math.nan
+        optimizer.begin_gradients(passes=1)
+        _backward(model, gradients)
+        optimizer.reduce_gradients()
+        outcomes[f"step {step} skipped"] = optimizer.step(0.1).skipped
+        after = _everything(model, optimizer)
+        outcomes[f"step {step} changed"] = not all(map(torch.equal, before, after))
+    return outcomes
+
+
+def _everything(model: nn.Module, optimizer: Zero1Optimizer) -> list[Tensor]:
+    """Copies of weights, masters and moments."""
+    kept = optimizer.optimizer_tensors()
+    return [each.detach().clone() for each in (*model.parameters(), *kept.masters, *kept.moments)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_fault_in_a_copy_that_the_norm_leaves_out_skips_the_step_too(world_size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for found in run_ranks(world_size, _fault_in_a_copy, dtype):
+            assert [found[f"step {step} skipped"] for step in range(3)] == [False, True, False]
+            assert [found[f"step {step} changed"] for step in range(3)] == [True, False, True]
 
 
 def _build_quietly() -> tuple[str, str]:

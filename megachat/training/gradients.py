@@ -8,8 +8,9 @@ the same order whatever gradient came first on each of them.
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -93,9 +94,7 @@ class GradientReducer:
             # Hooks live as long as their parameter, which must not keep the buffers alive.
             arrived = weakref.WeakMethod(self._note_arrival)
             for parameter in self._buffer_of:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda parameter, arrived=arrived: _call(arrived, parameter)
-                )
+                parameter.register_post_accumulate_grad_hook(partial(_call, arrived))  # type: ignore[no-untyped-call]
 
     def begin(self, flats: Sequence[Tensor], *, passes: int) -> None:
         """Prepares for the gradients of one step.
@@ -166,8 +165,10 @@ def own_gradients(
     return found
 
 
-def _call(method: "weakref.WeakMethod[object]", parameter: Tensor) -> None:
+def _call(
+    method: "weakref.WeakMethod[Callable[[nn.Parameter], None]]", parameter: nn.Parameter
+) -> None:
     """Calls a method of an object that may be gone."""
     alive = method()
     if alive is not None:
-        alive(parameter)  # type: ignore[operator]
+        alive(parameter)

@@ -124,7 +124,7 @@ class Zero1Optimizer:
             shared=shared,
             group=groups.data,
         )
-        self._flat_gradients: Sequence[Tensor] = ()
+        self._flat_gradients: Sequence[Tensor] = []
         self._own: list[list[OwnGradient]] = []
         if self._is_bf16:
             self._take_gradients(self._optimizer.fp32_groups_gradients_flat)
@@ -169,7 +169,7 @@ class Zero1Optimizer:
                     zip(self._own, self._flat_gradients, strict=True)
                 )
             }
-            self._flat_gradients, self._own = (), []
+            self._flat_gradients, self._own = [], []
 
     def _flats(self) -> list[Tensor]:
         """DeepSpeed's flat buffers of weights."""

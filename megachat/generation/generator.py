@@ -4,7 +4,7 @@ Each generation replica answers its share with continuous batching over a paged 
 the same global `Rollout` on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
 from megachat.ops.all_reduce import group_sum
 from megachat.parallel.collectives import all_gather_rows
+from megachat.parallel.memory import PhaseMemory
 from megachat.records import PromptBatch, Rollout
 
 
@@ -46,6 +47,7 @@ class Generator:
         stop_ids: Sequence[int],
         suppressed_ids: Sequence[int] = (),
         config: GenerationConfig | None = None,
+        cache_memory: Callable[[int], PhaseMemory] | None = None,
     ) -> None:
         """Prepares generation; holds no copy of the weights and takes no memory yet.
 
@@ -55,6 +57,8 @@ class Generator:
             stop_ids: Tokens that end a response and are part of it.
             suppressed_ids: Tokens that are never sampled.
             config: Memory and batch limits.
+            cache_memory: Makes memory of at least a number of bytes for the cache; None chooses by
+                the device.
 
         Raises:
             LayoutError: The model is cut into pipeline stages.
@@ -77,6 +81,7 @@ class Generator:
             max_sequences=self._settings.max_sequences,
             dtype=weights.words.dtype,
             device=self._device,
+            memory=cache_memory,
         )
         self._add_up = group_sum(weights.groups.tensor, self._settings.backend, device=self._device)
         self._placed: tuple[tuple[int, ...], ModelRunner] | None = None

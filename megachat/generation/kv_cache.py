@@ -6,6 +6,8 @@ token are one contiguous row and the pages of a sequence, side by side, are the 
 head_dim]` that attention reads, without a transposition.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ class PagedKvCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
-        memory: PhaseMemory | None = None,
+        memory: Callable[[int], PhaseMemory] | None = None,
     ) -> None:
         """Reserves the pool; takes no memory for it.
 
@@ -50,7 +52,7 @@ class PagedKvCache:
             max_sequences: Number of slots.
             dtype: Of keys and values.
             device: Where the pool is.
-            memory: At least the pool's bytes, for nothing else; None chooses by the device.
+            memory: Makes memory of at least a number of bytes; None chooses by the device.
 
         Raises:
             ConfigError: The block size is below 1.
@@ -67,9 +69,8 @@ class PagedKvCache:
                 f"a key-value cache of {num_bytes} bytes cannot hold one block of {block_size} "
                 f"tokens, {size} bytes: give it more memory"
             )
-        if memory is None:
-            memory = phase_memory(self.num_blocks * size, device)
-        self._memory = memory
+        pool_bytes = self.num_blocks * size
+        self._memory = phase_memory(pool_bytes, device) if memory is None else memory(pool_bytes)
         shape = (
             config.layers,
             2,
@@ -78,10 +79,10 @@ class PagedKvCache:
             config.heads // tensor,
             config.head_dim,
         )
-        memory.acquire()  # views are made once, while there is memory behind them
-        flat = memory.tensor()[: self.num_blocks * size].view(dtype)
+        self._memory.acquire()  # views are made once, while there is memory behind them
+        flat = self._memory.tensor()[:pool_bytes].view(dtype)
         self.pool = flat.view(shape)
-        memory.release()
+        self._memory.release()
         columns = -(-config.max_positions // block_size)
         self.tables = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
         """[max_sequences, columns] int32, block of each stretch of a slot's sequence."""

@@ -19,6 +19,7 @@ from megachat.generation.weights import (
     GenerationWeights,
     ReplicaCommunicators,
 )
+from megachat.hybrid.memory import ActorMemory, DeviceActorMemory
 from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import OptConfig
 from megachat.model.opt import OptModel
@@ -64,6 +65,7 @@ class HybridEngine:
         *,
         stop_ids: Sequence[int],
         suppressed_ids: Sequence[int] = (),
+        memory: ActorMemory | None = None,
     ) -> None:
         """Moves a model into an arena and builds both engines; a collective call of all ranks.
 
@@ -73,6 +75,7 @@ class HybridEngine:
             settings: How it trains and generates.
             stop_ids: Tokens that end a response.
             suppressed_ids: Tokens that are never sampled.
+            memory: Where arena and cache get theirs; None chooses by the model's device.
 
         Raises:
             LayoutError: The generation degree does not nest into the training layout, cuts a
@@ -90,7 +93,14 @@ class HybridEngine:
             element_bytes=dtype.itemsize,
         )
         groups = GenerationGroups.create(plan.placement, training=model.groups)
-        self.arena = WeightArena(plan, rank=model.groups.rank, dtype=dtype, device=device)
+        self._memory = memory if memory is not None else DeviceActorMemory(device)
+        self.arena = WeightArena(
+            plan,
+            rank=model.groups.rank,
+            dtype=dtype,
+            device=device,
+            memory=self._memory.weights,
+        )
         self._model = model
         self.training = TrainEngine(
             model,
@@ -100,6 +110,7 @@ class HybridEngine:
             seed=settings.seed,
             storage=self.arena.adopt(model),
         )
+        self._memory.release_cached()  # where the weights were before
         self._resharder = Resharder(self.arena, groups)
         self.last_reshard: ReshardReport | None = None
         """The latest gather; None before the first."""
@@ -125,6 +136,9 @@ class HybridEngine:
                 lend_gradients=self._measures.reuse_gradients,
             )
             self.phase = Phase.GENERATION
+            # What training has just freed, and its activations before, must be the driver's again:
+            # arena and cache take from there.
+            self._memory.release_cached()
             try:
                 self.last_reshard = self._resharder.gather()
             except BaseException:
@@ -171,6 +185,7 @@ class HybridEngine:
                 stop_ids=self._stop_ids,
                 suppressed_ids=self._suppressed_ids,
                 config=self._generation,
+                cache_memory=self._memory.cache,
             )
         return self._generator
 

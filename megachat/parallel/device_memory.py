@@ -5,13 +5,17 @@ again between phases, so that views, communicators and CUDA graphs keep their ad
 functions are those of "Virtual Memory Management" in the CUDA driver API (`cuMemAddressReserve`,
 `cuMemCreate`, `cuMemMap`, ...), called through ctypes: nothing links against the driver.
 
+The driver's other customer is torch's caching allocator, which keeps what tensors leave. It is
+asked for that before the device counts as full.
+
 The tests run it over a stand-in for the driver that maps host memory and refuses what the driver
 refuses; those marked `gpu` run it over the driver.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +28,9 @@ _OUT_OF_MEMORY = 2
 _PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3
 """CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_LOCATION_TYPE_DEVICE and
 CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
+
+
+_REMEDY = "lower rlhf.generation.kv_cache_gb, or offload more (rlhf.memory)"
 
 
 class AllocationProperties(ctypes.Structure):
@@ -76,21 +83,78 @@ class CudaDriver:
             CapacityError: The device has no memory left.
             KernelError: Any other status.
         """
-        status = self._functions[name](*arguments)
-        if status == _OUT_OF_MEMORY:
-            raise CapacityError(
-                f"{name}: the device is out of memory: lower rlhf.generation.kv_cache_gb, or "
-                "offload more (rlhf.memory)"
-            )
-        if status:
-            raise KernelError(f"{name} failed with CUDA status {status}: see the driver's log")
+        check_status(name, self._functions[name](*arguments))
+
+
+class Driver(Protocol):
+    """Calls functions of the CUDA driver by name, with ctypes arguments."""
+
+    def call(self, name: str, *arguments: object) -> None:
+        """As `CudaDriver.call`."""
+
+
+def check_status(name: str, status: int) -> None:
+    """Turns what a driver function returned into an exception.
+
+    Raises:
+        CapacityError: The device has no memory left.
+        KernelError: Any other status but success.
+    """
+    if status == _OUT_OF_MEMORY:
+        raise CapacityError(f"{name}: the device is out of memory: {_REMEDY}")
+    if status:
+        raise KernelError(f"{name} failed with CUDA status {status}: see the driver's log")
+
+
+class CachingAllocator(Protocol):
+    """Who takes memory of the device from the driver for tensors, and keeps what they leave."""
+
+    def release_cached(self) -> None:
+        """Hands what is kept for later tensors back to the driver, as far as it can be."""
+
+    def used_bytes(self) -> int:
+        """Bytes of living tensors."""
+
+    def cached_bytes(self) -> int:
+        """Bytes taken from the driver that no tensor uses now."""
+
+
+class TorchAllocator:
+    """torch's caching allocator; a device other than CUDA has none."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Notes the device."""
+        self._device = device
+
+    def release_cached(self) -> None:
+        """Frees cached segments; waits for the device. Pools of living CUDA graphs stay."""
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                torch.cuda.empty_cache()
+
+    def used_bytes(self) -> int:
+        """Bytes of living tensors."""
+        if self._device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_allocated(self._device))
+
+    def cached_bytes(self) -> int:
+        """Bytes that no tensor uses."""
+        if self._device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_reserved(self._device)) - self.used_bytes()
 
 
 class MappedDeviceBuffer:
     """A range of device addresses whose physical memory comes and goes in granules."""
 
     def __init__(
-        self, num_bytes: int, device: torch.device, *, driver: CudaDriver | None = None
+        self,
+        num_bytes: int,
+        device: torch.device,
+        *,
+        driver: Driver | None = None,
+        allocator: CachingAllocator | None = None,
     ) -> None:
         """Reserves addresses; takes no memory.
 
@@ -98,6 +162,8 @@ class MappedDeviceBuffer:
             num_bytes: Size, rounded up to granules.
             device: Where the memory is; its context must exist, as after `torch.cuda.set_device`.
             driver: None opens the installed one.
+            allocator: Whose cached memory the driver gets back when it has none left; None is
+                torch's.
 
         Raises:
             ConfigError: The size is not positive.
@@ -107,6 +173,7 @@ class MappedDeviceBuffer:
             raise ConfigError(f"a buffer needs at least 1 byte, {num_bytes} were asked for")
         self.device = device
         self._driver = driver or CudaDriver()
+        self._allocator = allocator or TorchAllocator(device)
         self._properties = AllocationProperties(
             type=_PINNED, location_type=_ON_DEVICE, location_id=device.index or 0
         )
@@ -145,6 +212,8 @@ class MappedDeviceBuffer:
     def acquire(self, start: int = 0, stop: int | None = None) -> None:
         """Maps memory behind a range of bytes; content is undefined where it was not mapped.
 
+        Where the driver has no memory left, the allocator's cached memory goes back to it, once.
+
         Args:
             start: First byte of the range.
             stop: First byte after it; None means the end of the buffer.
@@ -157,14 +226,19 @@ class MappedDeviceBuffer:
         wanted = range(first // self.granule_bytes, -(-last // self.granule_bytes))
         new = [number for number in wanted if not self._mapped[number]]
         try:
-            for number in new:
-                self._map(number)
+            try:
+                self._map_all(new)
+            except CapacityError:
+                self._allocator.release_cached()
+                self._map_all(new)
             for run in _runs(new):
                 self._allow_access(run)
-        except (CapacityError, KernelError):
+        except (CapacityError, KernelError) as error:
             for number in new:
                 if self._mapped[number]:
                     self._unmap(number)
+            if isinstance(error, CapacityError):
+                raise CapacityError(self._shortage(len(new) * self.granule_bytes)) from error
             raise
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
@@ -182,6 +256,12 @@ class MappedDeviceBuffer:
     def resident_bytes(self) -> int:
         """Bytes of physical memory behind the buffer."""
         return sum(self._mapped) * self.granule_bytes
+
+    def _map_all(self, numbers: Sequence[int]) -> None:
+        """Takes memory for those granules that have none yet."""
+        for number in numbers:
+            if not self._mapped[number]:
+                self._map(number)
 
     def _map(self, number: int) -> None:
         handle = ctypes.c_uint64()
@@ -218,6 +298,18 @@ class MappedDeviceBuffer:
             ctypes.c_size_t(1),
         )
 
+    def _shortage(self, wanted: int) -> str:
+        """Why a number of bytes cannot be had: who has the device's memory."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._driver.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return (
+            f"{self.device} is out of memory: {_gb(wanted)} GB are wanted beside the "
+            f"{_gb(self.resident_bytes())} GB that this buffer has, and the driver has "
+            f"{_gb(free.value)} of {_gb(total.value)} GB; torch's tensors take "
+            f"{_gb(self._allocator.used_bytes())} GB, and it cannot give back "
+            f"{_gb(self._allocator.cached_bytes())} GB of its cache: {_REMEDY}"
+        )
+
     def _at(self, number: int) -> ctypes.c_uint64:
         """Address of a granule."""
         return ctypes.c_uint64(self.address + number * self.granule_bytes)
@@ -241,3 +333,7 @@ def _runs(numbers: list[int]) -> Iterator[range]:
     for _, group in groupby(enumerate(numbers), key=lambda item: item[1] - item[0]):
         members = [number for _, number in group]
         yield range(members[0], members[-1] + 1)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f}"

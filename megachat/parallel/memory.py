@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError, KernelError
-from megachat.parallel.device_memory import MappedDeviceBuffer
+from megachat.parallel.device_memory import MappedDeviceBuffer, TorchAllocator
 
 PAGE_BYTES = mmap.PAGESIZE
 """Unit in which physical memory comes and goes."""
@@ -50,6 +50,16 @@ def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
     if device.type == "cuda":
         return MappedDeviceBuffer(num_bytes, device)
     return ReallocatedBuffer(num_bytes, device)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Hands memory that tensors have left, and torch keeps for later ones, back to the driver.
+
+    To be called before somebody else takes memory from the driver: arena and cache at a phase
+    change, the next stage's communicators at the end of a stage. It waits for the device, and
+    later tensors have to ask the driver again. Does nothing on the CPU.
+    """
+    TorchAllocator(device).release_cached()
 
 
 class ReallocatedBuffer:

@@ -5,7 +5,7 @@ moves: parameters and the optimizer's flat buffers are views. The rest belongs t
 shards; it is filled for a generation phase and given back afterwards, at the same addresses.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -69,7 +69,7 @@ class WeightArena:
         rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        memory: ArenaMemory | None = None,
+        memory: Callable[[int], ArenaMemory] | None = None,
     ) -> None:
         """Reserves the memory; no page of it is resident before it is written.
 
@@ -78,7 +78,7 @@ class WeightArena:
             rank: This rank.
             dtype: Of the weights.
             device: Where they are.
-            memory: At least the arena's bytes, for nothing else; None chooses by the device.
+            memory: Makes memory of at least a number of bytes; None chooses by the device.
 
         Raises:
             LayoutError: The plan was made for another size of element.
@@ -93,12 +93,10 @@ class WeightArena:
         self.version = 0
         """Counts changes of the weights."""
         num_bytes = self.part.elements * dtype.itemsize
-        if memory is None:
-            memory = arena_memory(num_bytes, device)
-        self._memory = memory
+        self._memory = arena_memory(num_bytes, device) if memory is None else memory(num_bytes)
         for start, stop in self._own_bytes(dtype.itemsize):
-            memory.acquire(start, stop)
-        self._elements = memory.tensor()[:num_bytes].view(dtype)
+            self._memory.acquire(start, stop)
+        self._elements = self._memory.tensor()[:num_bytes].view(dtype)
         self._gathered_version: int | None = None
         self._weights = {weight.spec.name: self.view(weight.view) for weight in self.part.weights}
 

@@ -75,6 +75,7 @@ void Remap(uint64_t address, size_t size, int protection) {
 
 // Older toolkits' headers spell these functions as macros of themselves with a version.
 #undef cuMemGetAllocationGranularity
+#undef cuMemGetInfo
 #define RESULT(code) static_cast<CUresult>(code)
 
 extern "C" {
@@ -94,6 +95,14 @@ CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocatio
                                        FLAGS(CUmemAllocationGranularity_flags)) {
   if (properties->type != 1 || properties->location.type != 1) return RESULT(kInvalidValue);
   *granularity = kGranularity;
+  return RESULT(0);
+}
+
+// The function without a version is an old one, which counts in 32 bits.
+CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
+  const long long granules = limit < 0 ? 1 << 20 : limit;
+  *total = granules * kGranularity;
+  *available = (granules - static_cast<long long>(handles.size())) * kGranularity;
   return RESULT(0);
 }
 

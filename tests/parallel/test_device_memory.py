@@ -124,6 +124,69 @@ def test_a_device_without_memory_is_named_and_loses_nothing(
     buffer.release()
 
 
+class CountedCache:
+    """An allocator that keeps granules of the device, and counts how often it is asked for them."""
+
+    def __init__(self, library: Path, *, granules: int) -> None:
+        self._stub = ctypes.CDLL(str(library))
+        self.granules, self.calls = granules, 0
+
+    def release_cached(self) -> None:
+        """The driver has what was kept here, which its limit leaves out until then."""
+        self.calls += 1
+        live = int(self._stub.stub_live_granules())
+        self._stub.stub_limit(ctypes.c_longlong(live + self.granules))
+        self.granules = 0
+
+    def used_bytes(self) -> int:
+        return 3_000_000_000
+
+    def cached_bytes(self) -> int:
+        return self.granules * GRANULE
+
+
+@pytest.mark.parametrize("kept", [5, 4])
+def test_what_the_allocator_keeps_is_asked_for_once_before_the_device_is_full(
+    driver: CudaDriver, library: Path, kept: int
+) -> None:
+    stub, before = ctypes.CDLL(str(library)), granules(library)
+    cache = CountedCache(library, granules=kept)
+    buffer = MappedDeviceBuffer(8 * GRANULE, CPU, driver=driver, allocator=cache)
+    buffer.acquire(0, GRANULE)
+    buffer.tensor()[:GRANULE] = 3
+    assert cache.calls == 0, "as long as the driver has memory, nobody is asked"
+    stub.stub_limit(ctypes.c_longlong(before[0] + 3))
+    if kept == 5:
+        buffer.acquire()
+        assert buffer.resident_bytes() == 8 * GRANULE
+        buffer.tensor()[GRANULE:] = 4
+    else:
+        with pytest.raises(CapacityError, match=r"offload more") as caught:
+            buffer.acquire()
+        assert buffer.resident_bytes() == GRANULE and granules(library)[0] == before[0] + 1
+        for number in ("0.00 GB are wanted", "torch's tensors take 3.00 GB", "0.00 GB of its"):
+            assert number in str(caught.value)
+    assert cache.calls == 1
+    assert buffer.tensor()[:GRANULE].eq(3).all()
+    buffer.release()
+
+
+def test_the_numbers_of_both_sides_are_said_when_the_device_is_full(
+    driver: CudaDriver, library: Path
+) -> None:
+    """2^27 bytes are 2,048 granules and 0.13 GB."""
+    buffer = MappedDeviceBuffer(8 << 27, CPU, driver=driver)
+    buffer.acquire(0, 1 << 27)
+    live = granules(library)[0]
+    ctypes.CDLL(str(library)).stub_limit(ctypes.c_longlong(live + (2 << 11)))
+    with pytest.raises(CapacityError) as caught:
+        buffer.acquire(0, 4 << 27)
+    message = str(caught.value)
+    for part in ("0.40 GB are wanted beside the 0.13 GB", "the driver has 0.27 of 0.4"):
+        assert part in message, message
+    buffer.release()
+
+
 def test_other_failures_ranges_sizes_and_a_missing_driver_are_named(driver: CudaDriver) -> None:
     with pytest.raises(KernelError, match="cuMemUnmap failed with CUDA status 1"):
         driver.call("cuMemUnmap", ctypes.c_uint64(0), ctypes.c_size_t(GRANULE))
@@ -143,7 +206,7 @@ def _reshard(library: str) -> None:
     plain = build_actor(case, WIDE, torch.float32, groups=groups)
     memory = MappedDeviceBuffer(plain.arena.num_bytes, CPU, driver=CudaDriver(library))
     plan, rank = plain.arena.plan, plain.arena.part.rank
-    arena = WeightArena(plan, rank=rank, dtype=torch.float32, device=CPU, memory=memory)
+    arena = WeightArena(plan, rank=rank, dtype=torch.float32, device=CPU, memory=lambda _: memory)
     own = memory.resident_bytes()
     assert 0 < own < memory.num_bytes
     arena.adopt(build_actor(case, WIDE, torch.float32, groups=groups).model)

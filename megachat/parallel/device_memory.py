@@ -10,6 +10,7 @@ refuses; those marked `gpu` run it over the driver.
 """
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.parallel.lifetime import Owner
 
 _LIBRARY = "libcuda.so.1"
 _OUT_OF_MEMORY = 2
@@ -86,7 +88,48 @@ class CudaDriver:
             raise KernelError(f"{name} failed with CUDA status {status}: see the driver's log")
 
 
-class MappedDeviceBuffer:
+class DriverUse:
+    """Bytes that this process has taken from a device's driver, and the peak of their sum.
+
+    Torch counts the peak of its own pools. What is mapped beside them changes at phase changes
+    only, so between two changes the sum has its peak where the pools have theirs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Of a device; only CUDA devices have pools."""
+        self._device = device
+        self._mapped = self._peak = 0
+
+    def begin(self) -> None:
+        """Starts the peak anew."""
+        self._take_peak_of_pools()
+        self._peak = 0
+
+    def change_mapped(self, num_bytes: int) -> None:
+        """Takes note of bytes that were mapped, or, below zero, unmapped."""
+        self._peak = max(self._peak, self._take_peak_of_pools() + self._mapped)
+        self._mapped += num_bytes
+
+    def peak(self) -> int:
+        """The most bytes at once since `begin`."""
+        self.change_mapped(0)
+        return self._peak
+
+    def _take_peak_of_pools(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_reserved(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+
+@functools.cache
+def driver_use(device: torch.device) -> DriverUse:
+    """What this process takes from a device's driver."""
+    return DriverUse(device)
+
+
+class MappedDeviceBuffer(Owner):
     """A range of device addresses whose physical memory comes and goes in granules."""
 
     def __init__(
@@ -138,7 +181,7 @@ class MappedDeviceBuffer:
     def tensor(self) -> Tensor:
         """The whole buffer, `[num_bytes]` uint8; only what is mapped may be touched.
 
-        The addresses are reserved for the life of the process: views may outlive this object.
+        The addresses are reserved until `close`: views may outlive this object otherwise.
         """
         return self._bytes
 
@@ -152,7 +195,9 @@ class MappedDeviceBuffer:
         Raises:
             ConfigError: The range does not lie within the buffer.
             CapacityError: The device has no memory left; what this call mapped is given back.
+            PhaseError: The buffer was closed.
         """
+        self.check_open()
         first, last = self._range(start, stop)
         wanted = range(first // self.granule_bytes, -(-last // self.granule_bytes))
         new = [number for number in wanted if not self._mapped[number]]
@@ -161,6 +206,7 @@ class MappedDeviceBuffer:
                 self._map(number)
             for run in _runs(new):
                 self._allow_access(run)
+            driver_use(self.device).change_mapped(len(new) * self.granule_bytes)
         except (CapacityError, KernelError):
             for number in new:
                 if self._mapped[number]:
@@ -175,13 +221,23 @@ class MappedDeviceBuffer:
         """
         first, last = self._range(start, stop)
         self._finish_work()
+        before = self.resident_bytes()
         for number in range(-(-first // self.granule_bytes), last // self.granule_bytes):
             if self._mapped[number]:
                 self._unmap(number)
+        driver_use(self.device).change_mapped(self.resident_bytes() - before)
 
     def resident_bytes(self) -> int:
         """Bytes of physical memory behind the buffer."""
         return sum(self._mapped) * self.granule_bytes
+
+    def _end(self) -> None:
+        """Unmaps everything and gives the addresses back: nobody may touch a view from now on."""
+        self.release()
+        self._driver.call(
+            "cuMemAddressFree", ctypes.c_uint64(self.address), ctypes.c_size_t(self.num_bytes)
+        )
+        self._bytes = self._bytes.new_empty(0)
 
     def _map(self, number: int) -> None:
         handle = ctypes.c_uint64()

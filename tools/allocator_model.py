@@ -100,7 +100,7 @@ class ModelDriver:
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         elif name == "cuMemUnmap":
             self.mapped_bytes -= arguments[1].value
-        elif name not in ("cuMemMap", "cuMemRelease", "cuMemSetAccess"):
+        elif name not in ("cuMemMap", "cuMemRelease", "cuMemSetAccess", "cuMemAddressFree"):
             raise KernelError(f"{name} is not modelled: add it to tools/allocator_model.py")
 
     def _reserve(self, num_bytes: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megachat.errors import CapacityError, ConfigError
 from megachat.generation.scheduler import Schedule
 from megachat.model.config import OptConfig
+from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import PhaseMemory, phase_memory
 
 
@@ -22,7 +23,7 @@ def block_bytes(config: OptConfig, *, tensor: int, block_size: int, dtype: torch
     return 2 * config.layers * block_size * config.hidden // tensor * dtype.itemsize
 
 
-class PagedKvCache:
+class PagedKvCache(Owner):
     """A pool of blocks, and on the device which blocks each slot uses and how far.
 
     On the CPU the pool keeps its address for good, and its memory appears as blocks are first
@@ -104,7 +105,12 @@ class PagedKvCache:
         return self.pool[number, 0], self.pool[number, 1]
 
     def acquire(self) -> None:
-        """Makes the pool usable; does nothing if it is."""
+        """Makes the pool usable; does nothing if it is.
+
+        Raises:
+            PhaseError: The cache was closed.
+        """
+        self.check_open()
         self._memory.acquire()
 
     def apply(self, schedule: Schedule) -> None:
@@ -142,3 +148,10 @@ class PagedKvCache:
         """Returns the memory of the pool; every sequence is lost, addresses stay."""
         self._memory.release()
         self.lengths.zero_()
+
+    def _end(self) -> None:
+        """Empties pool and tables, then gives memory and addresses back."""
+        self.pool = self.pool.new_empty(0)
+        self.tables = self.tables.new_empty(0, 0)
+        self.lengths = self.lengths.new_empty(0)
+        self._memory.close()

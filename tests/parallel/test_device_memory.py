@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.errors import CapacityError, ConfigError, KernelError, PhaseError
 from megachat.parallel.device_memory import (
     AccessDescription,
     AllocationProperties,
@@ -103,7 +103,7 @@ def test_a_range_takes_every_granule_it_touches_and_gives_back_those_it_covers(
     data[5 * GRANULE : 6 * GRANULE] = 9
     buffer.acquire()  # around what is there, whose content stays
     assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
-    buffer.release(2 * GRANULE + 1, 5 * GRANULE + 1)
+    buffer.release(2 * GRANULE + 1, 5 * GRANULE + 1)  # what came with it comes back with it
     assert buffer.resident_bytes() == 6 * GRANULE
     assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
     buffer.release()
@@ -129,13 +129,16 @@ class CountedCache:
 
     def __init__(self, library: Path, *, granules: int) -> None:
         self._stub = ctypes.CDLL(str(library))
-        self.granules, self.calls = granules, 0
+        self.granules, self.calls, self.left = granules, 0, 0
+
+    def leave(self, granules: int) -> None:
+        """The device has that many in all beside what is kept here."""
+        self.left = granules
+        self._stub.stub_limit(ctypes.c_longlong(granules))
 
     def release_cached(self) -> None:
-        """The driver has what was kept here, which its limit leaves out until then."""
         self.calls += 1
-        live = int(self._stub.stub_live_granules())
-        self._stub.stub_limit(ctypes.c_longlong(live + self.granules))
+        self.leave(self.left + self.granules)
         self.granules = 0
 
     def used_bytes(self) -> int:
@@ -149,13 +152,13 @@ class CountedCache:
 def test_what_the_allocator_keeps_is_asked_for_once_before_the_device_is_full(
     driver: CudaDriver, library: Path, kept: int
 ) -> None:
-    stub, before = ctypes.CDLL(str(library)), granules(library)
+    before = granules(library)
     cache = CountedCache(library, granules=kept)
     buffer = MappedDeviceBuffer(8 * GRANULE, CPU, driver=driver, allocator=cache)
     buffer.acquire(0, GRANULE)
     buffer.tensor()[:GRANULE] = 3
     assert cache.calls == 0, "as long as the driver has memory, nobody is asked"
-    stub.stub_limit(ctypes.c_longlong(before[0] + 3))
+    cache.leave(before[0] + 3)
     if kept == 5:
         buffer.acquire()
         assert buffer.resident_bytes() == 8 * GRANULE
@@ -185,6 +188,38 @@ def test_the_numbers_of_both_sides_are_said_when_the_device_is_full(
     for part in ("0.40 GB are wanted beside the 0.13 GB", "the driver has 0.27 of 0.4"):
         assert part in message, message
     buffer.release()
+
+
+def test_a_closed_buffer_gives_memory_and_addresses_back(driver: CudaDriver, library: Path) -> None:
+    before = granules(library)
+    buffer = MappedDeviceBuffer(3 * GRANULE, CPU, driver=driver)
+    buffer.acquire(0, GRANULE)
+    address = ctypes.c_uint64(buffer.address)
+    buffer.close()
+    buffer.close()
+    assert granules(library) == before
+    with pytest.raises(KernelError, match="status 1"):  # they are nobody's any more
+        driver.call("cuMemAddressFree", address, ctypes.c_size_t(3 * GRANULE))
+    with pytest.raises(PhaseError, match="was closed"):
+        buffer.acquire()
+
+
+def test_large_memory_comes_in_few_pieces(driver: CudaDriver) -> None:
+    """One piece for each granule of 2 MiB would be tens of thousands of calls at a phase change."""
+    calls: list[str] = []
+
+    class Counted:
+        def call(self, name: str, *arguments: object) -> None:
+            calls.append(name)
+            driver.call(name, *arguments)
+
+    buffer = MappedDeviceBuffer(1100 * GRANULE, CPU, driver=Counted())
+    buffer.acquire()
+    assert calls.count("cuMemCreate") == calls.count("cuMemMap") == 3  # of up to 512 granules
+    assert buffer.resident_bytes() == 1100 * GRANULE
+    buffer.tensor()[-1] = 1
+    buffer.release()
+    assert calls.count("cuMemUnmap") == 3 and buffer.resident_bytes() == 0
 
 
 def test_other_failures_ranges_sizes_and_a_missing_driver_are_named(driver: CudaDriver) -> None:

@@ -4,7 +4,7 @@ Each generation replica answers its share with continuous batching over a paged 
 the same global `Rollout` on every rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,8 @@ from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
 from megachat.ops.all_reduce import group_sum
 from megachat.parallel.collectives import all_gather_rows
+from megachat.parallel.lifetime import Owner
+from megachat.parallel.memory import PhaseMemory
 from megachat.records import PromptBatch, Rollout
 
 
@@ -36,7 +38,7 @@ class StreamedToken:
     """Whether the answer is complete."""
 
 
-class Generator:
+class Generator(Owner):
     """Samples responses from a language model under a layout without pipeline stages."""
 
     def __init__(
@@ -46,6 +48,7 @@ class Generator:
         stop_ids: Sequence[int],
         suppressed_ids: Sequence[int] = (),
         config: GenerationConfig | None = None,
+        cache_memory: Callable[[int], PhaseMemory] | None = None,
     ) -> None:
         """Prepares generation; holds no copy of the weights and takes no memory yet.
 
@@ -55,6 +58,8 @@ class Generator:
             stop_ids: Tokens that end a response and are part of it.
             suppressed_ids: Tokens that are never sampled.
             config: Memory and batch limits.
+            cache_memory: Makes memory of at least a number of bytes for the cache; None chooses by
+                the device.
 
         Raises:
             LayoutError: The model is cut into pipeline stages.
@@ -77,6 +82,7 @@ class Generator:
             max_sequences=self._settings.max_sequences,
             dtype=weights.words.dtype,
             device=self._device,
+            memory=cache_memory,
         )
         self._add_up = group_sum(weights.groups.tensor, self._settings.backend, device=self._device)
         self._placed: tuple[tuple[int, ...], ModelRunner] | None = None
@@ -113,7 +119,9 @@ class Generator:
                 cache.
             DataError: A prompt is empty or has ids outside the vocabulary.
             ConfigError: `num_samples` is below 1.
+            PhaseError: The generator was closed.
         """
+        self.check_open()
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}: ask for at least 1 answer a prompt")
         self._check(prompts, sampling)
@@ -156,7 +164,9 @@ class Generator:
         Raises:
             CapacityError: As `generate`.
             DataError: As `generate`.
+            PhaseError: As `generate`.
         """
+        self.check_open()
         self._check(prompts, sampling)
         session = self._session(sampling)
         for new in session.run(prompts, keys=request_keys(prompts.ids.tolist(), seed=seed)):
@@ -176,7 +186,10 @@ class Generator:
     def _runner(self, weights: GenerationWeights) -> ModelRunner:
         """Computes with these weights; recorded steps last until the weights move in memory."""
         addresses = weights.addresses()
-        if self._placed is None or self._placed[0] != addresses:
+        if self._placed is not None and self._placed[0] != addresses:
+            self._placed[1].close()
+            self._placed = None
+        if self._placed is None:
             recorder = recorder_for(self._device) if self._settings.graphs else None
             runner = ModelRunner(
                 weights,
@@ -187,6 +200,15 @@ class Generator:
             )
             self._placed = addresses, runner
         return self._placed[1]
+
+    def _end(self) -> None:
+        """Recorded steps first: they hold kernels of the sum and of the communicator behind it."""
+        if self._placed is not None:
+            self._placed[1].close()
+        self._placed = None
+        self._add_up.close()
+        self._cache.close()
+        del self._source
 
     def _session(self, sampling: SamplingConfig) -> DecodeSession:
         weights = self._weights()

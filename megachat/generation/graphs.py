@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megachat.generation.packed import DecodeRows, PackedStep
+from megachat.parallel.lifetime import Owner
 
 FINE_ROWS = 8
 """Up to here buckets double, above they are multiples of it: at most seven rows are wasted."""
@@ -24,6 +25,9 @@ class StepRecorder(Protocol):
 
     def record(self, compute: Callable[[], Tensor]) -> "Recording":
         """Runs `compute`, which must not read device values on the host, and keeps its work."""
+
+    def close(self) -> None:
+        """Destroys what was recorded, and with it its hold on communicators and memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +40,7 @@ class Recording:
     """Does the work again, on what its inputs hold now."""
 
 
-class CudaGraphRecorder:
+class CudaGraphRecorder(Owner):
     """Records CUDA graphs, which share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
@@ -47,8 +51,12 @@ class CudaGraphRecorder:
     def record(self, compute: Callable[[], Tensor]) -> Recording:
         """Runs `compute` once outside a graph and once to record it.
 
+        Raises:
+            PhaseError: The recorder was closed.
+
         The first run makes what is made lazily: workspaces of cuBLAS, connections of NCCL.
         """
+        self.check_open()
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -62,6 +70,13 @@ class CudaGraphRecorder:
         graph.replay()  # recording computes nothing
         self._graphs.append(graph)
         return Recording(output=output, replay=graph.replay)
+
+    def _end(self) -> None:
+        """Waits until no replay runs: a graph may hold the kernels of a communicator."""
+        torch.cuda.synchronize(self._device)
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs = []
 
 
 def recorder_for(device: torch.device) -> StepRecorder | None:
@@ -77,7 +92,7 @@ class _Graph:
     recording: Recording
 
 
-class DecodeGraphs:
+class DecodeGraphs(Owner):
     """Runs decode steps by replaying a recorded one of the same bucket.
 
     A bucket is a number of rows and a width of the block tables, each rounded up. The rows that a
@@ -110,7 +125,11 @@ class DecodeGraphs:
 
         Args:
             step: Decode rows and nothing else.
+
+        Raises:
+            PhaseError: The graphs were closed.
         """
+        self.check_open()
         assert step.decode is not None and step.prefill is None and step.outputs is None
         rows, columns = step.decode.tables.shape
         bucket = (rows_bucket(rows), min(_next_power_of_two(columns), self._columns))
@@ -123,6 +142,12 @@ class DecodeGraphs:
             _fill(graph.inputs, step)
             graph.recording.replay()
         return graph.recording.output[:rows]
+
+    def _end(self) -> None:
+        """Ends the recordings, and lets go of who computes, which knows these graphs in turn."""
+        self._graphs = {}
+        self._recorder.close()
+        del self._forward
 
 
 def rows_bucket(rows: int) -> int:

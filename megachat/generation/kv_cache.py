@@ -6,12 +6,15 @@ token are one contiguous row and the pages of a sequence, side by side, are the 
 head_dim]` that attention reads, without a transposition.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError
 from megachat.generation.scheduler import Schedule
 from megachat.model.config import OptConfig
+from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import PhaseMemory, phase_memory
 
 
@@ -20,7 +23,7 @@ def block_bytes(config: OptConfig, *, tensor: int, block_size: int, dtype: torch
     return 2 * config.layers * block_size * config.hidden // tensor * dtype.itemsize
 
 
-class PagedKvCache:
+class PagedKvCache(Owner):
     """A pool of blocks, and on the device which blocks each slot uses and how far.
 
     On the CPU the pool keeps its address for good, and its memory appears as blocks are first
@@ -38,7 +41,7 @@ class PagedKvCache:
         max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
-        memory: PhaseMemory | None = None,
+        memory: Callable[[int], PhaseMemory] | None = None,
     ) -> None:
         """Reserves the pool; takes no memory for it.
 
@@ -50,7 +53,7 @@ class PagedKvCache:
             max_sequences: Number of slots.
             dtype: Of keys and values.
             device: Where the pool is.
-            memory: At least the pool's bytes, for nothing else; None chooses by the device.
+            memory: Makes memory of at least a number of bytes; None chooses by the device.
 
         Raises:
             ConfigError: The block size is below 1.
@@ -67,9 +70,8 @@ class PagedKvCache:
                 f"a key-value cache of {num_bytes} bytes cannot hold one block of {block_size} "
                 f"tokens, {size} bytes: give it more memory"
             )
-        if memory is None:
-            memory = phase_memory(self.num_blocks * size, device)
-        self._memory = memory
+        pool_bytes = self.num_blocks * size
+        self._memory = phase_memory(pool_bytes, device) if memory is None else memory(pool_bytes)
         shape = (
             config.layers,
             2,
@@ -78,10 +80,10 @@ class PagedKvCache:
             config.heads // tensor,
             config.head_dim,
         )
-        memory.acquire()  # views are made once, while there is memory behind them
-        flat = memory.tensor()[: self.num_blocks * size].view(dtype)
+        self._memory.acquire()  # views are made once, while there is memory behind them
+        flat = self._memory.tensor()[:pool_bytes].view(dtype)
         self.pool = flat.view(shape)
-        memory.release()
+        self._memory.release()
         columns = -(-config.max_positions // block_size)
         self.tables = torch.zeros(max_sequences, columns, dtype=torch.int32, device=device)
         """[max_sequences, columns] int32, block of each stretch of a slot's sequence."""
@@ -103,7 +105,12 @@ class PagedKvCache:
         return self.pool[number, 0], self.pool[number, 1]
 
     def acquire(self) -> None:
-        """Makes the pool usable; does nothing if it is."""
+        """Makes the pool usable; does nothing if it is.
+
+        Raises:
+            PhaseError: The cache was closed.
+        """
+        self.check_open()
         self._memory.acquire()
 
     def apply(self, schedule: Schedule) -> None:
@@ -141,3 +148,10 @@ class PagedKvCache:
         """Returns the memory of the pool; every sequence is lost, addresses stay."""
         self._memory.release()
         self.lengths.zero_()
+
+    def _end(self) -> None:
+        """Empties pool and tables, then gives memory and addresses back."""
+        self.pool = self.pool.new_empty(0)
+        self.tables = self.tables.new_empty(0, 0)
+        self.lengths = self.lengths.new_empty(0)
+        self._memory.close()

@@ -22,11 +22,12 @@ from megachat.ops.epilogues import bias_residual_layer_norm
 from megachat.ops.paged_cache import kv_append, paged_attention_decode, paged_attention_prefill
 from megachat.ops.registry import Backend
 from megachat.ops.tiled_linear import tiled_linear, tiled_linear_bias_relu
+from megachat.parallel.lifetime import Owner
 
 _EPSILON = 1e-5
 
 
-class ModelRunner:
+class ModelRunner(Owner):
     """Computes next-token logits with a generation shard's weights and a paged cache.
 
     A step without chunks depends on the host only through its shapes: tables, lengths and positions
@@ -66,11 +67,11 @@ class ModelRunner:
         self._tiled_linear = tiled_linear.on(backend)
         self._linear_bias_relu = tiled_linear_bias_relu.on(backend)
         self._add_and_norm = bias_residual_layer_norm.on(backend)
-        self._graphs = None
+        self._graphs: DecodeGraphs | None = None
         if recorder is not None:
             columns = cache.tables.shape[1]
             self._graphs = DecodeGraphs(self._forward, recorder=recorder, columns=columns)
-        self._decode_step = None
+        self._decode_step: CpuDecodeStep | None = None
         if backend is Backend.CPU:
             is_cut = weights.groups.tensor.size() > 1
             model = decode_model(weights, cache, add_up if is_cut else None)
@@ -83,7 +84,11 @@ class ModelRunner:
         Returns:
             `[outputs, padded_vocab/tp]` logits of this rank's slice of the vocabulary; padding
             columns hold the dtype's lowest number. They may be overwritten by the next step.
+
+        Raises:
+            PhaseError: The runner was closed.
         """
+        self.check_open()
         rows = step.decode
         if rows is None or step.prefill is not None:
             return self._forward(step)
@@ -99,6 +104,13 @@ class ModelRunner:
             tables=rows.tables,
             lengths=rows.lengths,
         )
+
+    def _end(self) -> None:
+        """Ends the recorded steps and lets go of every address that steps compute with."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = self._decode_step = None
+        del self._weights, self._cache, self._add_up
 
     def _forward(self, step: PackedStep) -> Tensor:
         """Computes a step, operation by operation."""

@@ -5,9 +5,10 @@ place; `train()` gives that part of the memory back and sends nothing. While the
 changed, `eval()` moves nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 from torch import Tensor
 
@@ -19,14 +20,17 @@ from megachat.generation.weights import (
     GenerationWeights,
     ReplicaCommunicators,
 )
+from megachat.hybrid.memory import ActorMemory, DeviceActorMemory
 from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import OptConfig
 from megachat.model.opt import OptModel
 from megachat.parallel.groups import GenerationGroups
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
+from megachat.parallel.lifetime import Owner
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder, ReshardReport
 from megachat.reshard.plan import plan_for_model
+from megachat.telemetry.timers import nothing_to_wait_for
 from megachat.training.engine import PauseReport, TrainEngine
 from megachat.training.schedules import OptimizerConfig
 
@@ -54,8 +58,11 @@ class HybridSettings:
     """Neighbouring ranks that share a node; None: all of them."""
 
 
-class HybridEngine:
-    """The actor of PPO: a `TrainEngine` and a `Generator` over the same memory."""
+class HybridEngine(Owner):
+    """The actor of PPO: a `TrainEngine` and a `Generator` over the same memory.
+
+    Its end is that of its weights, too: the model's parameters are empty afterwards.
+    """
 
     def __init__(
         self,
@@ -64,6 +71,8 @@ class HybridEngine:
         *,
         stop_ids: Sequence[int],
         suppressed_ids: Sequence[int] = (),
+        memory: ActorMemory | None = None,
+        synchronize: Callable[[], None] = nothing_to_wait_for,
     ) -> None:
         """Moves a model into an arena and builds both engines; a collective call of all ranks.
 
@@ -73,6 +82,9 @@ class HybridEngine:
             settings: How it trains and generates.
             stop_ids: Tokens that end a response.
             suppressed_ids: Tokens that are never sampled.
+            memory: Where arena and cache get theirs; None chooses by the model's device.
+            synchronize: Waits until the device has done what it was told, for the time that a
+                phase change takes.
 
         Raises:
             LayoutError: The generation degree does not nest into the training layout, cuts a
@@ -90,7 +102,14 @@ class HybridEngine:
             element_bytes=dtype.itemsize,
         )
         groups = GenerationGroups.create(plan.placement, training=model.groups)
-        self.arena = WeightArena(plan, rank=model.groups.rank, dtype=dtype, device=device)
+        self._memory = memory if memory is not None else DeviceActorMemory(device)
+        self.arena = WeightArena(
+            plan,
+            rank=model.groups.rank,
+            dtype=dtype,
+            device=device,
+            memory=self._memory.weights,
+        )
         self._model = model
         self.training = TrainEngine(
             model,
@@ -100,7 +119,8 @@ class HybridEngine:
             seed=settings.seed,
             storage=self.arena.adopt(model),
         )
-        self._resharder = Resharder(self.arena, groups)
+        self._memory.release_cached()  # where the weights were before
+        self._resharder = Resharder(self.arena, groups, synchronize=synchronize)
         self.last_reshard: ReshardReport | None = None
         """The latest gather; None before the first."""
         self.last_pause = PauseReport()
@@ -116,8 +136,10 @@ class HybridEngine:
         """Switches to generation: makes room, gathers this rank's generation shard in place.
 
         Raises:
-            PhaseError: A gradient waits for its step, or the training weights left the arena.
+            PhaseError: A gradient waits for its step, the training weights left the arena, or the
+                engine was closed.
         """
+        self.check_open()
         if self.phase is Phase.TRAINING or not self.arena.is_current:
             self.arena.check_aliasing(self.training.stored_tensors())
             self.last_pause = self.training.pause(
@@ -125,6 +147,9 @@ class HybridEngine:
                 lend_gradients=self._measures.reuse_gradients,
             )
             self.phase = Phase.GENERATION
+            # What training has just freed, and its activations before, must be the driver's again:
+            # arena and cache take from there.
+            self._memory.release_cached()
             try:
                 self.last_reshard = self._resharder.gather()
             except BaseException:
@@ -136,7 +161,11 @@ class HybridEngine:
         """Switches to training: gives back the cache and what belongs to other ranks' shards.
 
         What training had left to generation returns.
+
+        Raises:
+            PhaseError: The engine was closed.
         """
+        self.check_open()
         if self.phase is Phase.GENERATION:
             if self._generator is not None:
                 self._generator.cache.release()
@@ -159,8 +188,9 @@ class HybridEngine:
         """Generates with the present weights.
 
         Raises:
-            PhaseError: The actor is in its training phase.
+            PhaseError: The actor is in its training phase, or the engine was closed.
         """
+        self.check_open()
         if self.phase is not Phase.GENERATION:
             raise PhaseError(
                 "the actor is laid out for training: call eval() or use generation() first"
@@ -171,8 +201,40 @@ class HybridEngine:
                 stop_ids=self._stop_ids,
                 suppressed_ids=self._suppressed_ids,
                 config=self._generation,
+                cache_memory=self._memory.cache,
             )
         return self._generator
+
+    def close(self) -> None:
+        """Frees everything, the communicators of generation too; all ranks call it alike."""
+        super().close()
+        self._groups.close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes it; after an error the communicators are left to the end of the job.
+
+        Other ranks may stand in a collective. Were they to lose this one now, their complaints
+        about that could be told before the error of this rank.
+        """
+        if kind is None:
+            self.close()
+        else:
+            super().close()
+
+    def _end(self) -> None:
+        """Recorded steps before the memory that they read and the communicators that they use."""
+        with ExitStack() as parts:
+            parts.callback(self.arena.close)
+            parts.callback(self.training.close)
+            if self._generator is not None:
+                parts.callback(self._generator.close)
+        self._generator = None
+        del self._resharder
 
 
 def arena_weights(

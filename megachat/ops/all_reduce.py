@@ -8,8 +8,8 @@ lie, in its memory or in that of its GPUs. Results are the same bits on all rank
 import logging
 import mmap
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,22 @@ from megachat.ops import cpu_kernels, cuda_kernels, peer_memory
 from megachat.ops.registry import Backend, CudaKernel, define
 from megachat.parallel import GROUP_TIMEOUT
 from megachat.parallel.collectives import all_reduce_sum
+from megachat.parallel.lifetime import Owner
 
 _LOG = logging.getLogger(__name__)
 
 PLACE_BYTES = 1 << 20
 """Of a message in shared memory; longer ones are summed piece by piece."""
 
-GroupSum = Callable[[Tensor], Tensor]
-"""Sums a tensor over a group, in place, and returns it; a collective call."""
+
+class GroupSum(Protocol):
+    """Sums over a group."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor in place and returns it; a collective call."""
+
+    def close(self) -> None:
+        """Lets go of what it shares with other ranks; sends nothing."""
 
 
 def group_sum(group: ProcessGroup, backend: Backend, *, device: torch.device) -> GroupSum:
@@ -51,10 +59,25 @@ def group_sum(group: ProcessGroup, backend: Backend, *, device: torch.device) ->
         regions = _peer_regions(group, device)
         if regions is not None:
             return PeerSum(group, regions)
-    return partial(all_reduce_sum, group=group)
+    return BackendSum(group)
 
 
-class SharedSum:
+class BackendSum(Owner):
+    """Sums as the group's own backend does: gloo or NCCL."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        """Notes the group."""
+        self._group = group
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor in place; a collective call."""
+        return all_reduce_sum(tensor, self._group)
+
+    def _end(self) -> None:
+        """Has nothing of its own: the group ends with the layout that it belongs to."""
+
+
+class SharedSum(Owner):
     """Sums float32 or bfloat16 tensors of a group through memory that all its ranks have mapped."""
 
     def __init__(self, group: ProcessGroup, region: mmap.mmap) -> None:
@@ -73,7 +96,9 @@ class SharedSum:
 
         Raises:
             KernelError: It is of a kind that the kernel cannot read, or a rank does not come.
+            PhaseError: The sum was closed.
         """
+        self.check_open()
         cpu_kernels.check_tensors("all_reduce", [tensor])
         for part in tensor.view(-1).split(PLACE_BYTES // tensor.element_size()):  # type: ignore[no-untyped-call]
             self._sum(part)
@@ -91,8 +116,12 @@ class SharedSum:
                     f"{GROUP_TIMEOUT}: look for its own message"
                 )
 
+    def _end(self) -> None:
+        """Unmaps the region; it lives until the last rank has."""
+        self._memory = self._memory.new_empty(0)
 
-class PeerSum:
+
+class PeerSum(Owner):
     """Sums small tensors of GPUs that have mapped each other's memory; NCCL sums large ones.
 
     One launch does it all: each rank reads the whole messages of all ranks. That is little for the
@@ -120,11 +149,17 @@ class PeerSum:
 
         Raises:
             KernelError: It is of a kind that the kernel cannot read.
+            PhaseError: The sum was closed.
         """
+        self.check_open()
         if tensor.nbytes > cuda_kernels.ALL_REDUCE_BYTES:
             return all_reduce_sum(tensor, self._group)
         _sum_through_peers(tensor, self._regions, self._group.rank())
         return tensor
+
+    def _end(self) -> None:
+        """Unmaps the other ranks' regions; torch frees the own one when they have done the same."""
+        self._regions = []
 
 
 def _peer_regions(group: ProcessGroup, device: torch.device) -> Sequence[Tensor] | None:

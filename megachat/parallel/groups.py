@@ -1,12 +1,14 @@
 """The one place that creates process groups: `ProcessGroups.create(layout)`, once per layout.
 
 Groups are handed to whoever communicates; nothing reads a global. Two adapters show the same
-groups to megatron-core (`megatron`) and to DeepSpeed (`deepspeed_mpu`).
+groups to megatron-core (`megatron`) and to DeepSpeed (`deepspeed_mpu`). A communicator is made only
+for ranks that have something to say to each other, and once however many layouts name them.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -18,6 +20,111 @@ try:
     from megatron.core.process_groups_config import ProcessGroupCollection
 except RuntimeError as error:  # what transformer-engine's meta wheel alone makes of the import
     raise KernelError(f"megatron-core cannot be imported ({error}): {MEGATRON_HINT}") from error
+
+_Ranks = tuple[int, ...]
+"""The ranks of a communicator, in its order."""
+
+
+class _Communicators:
+    """The communicators of this process in one world, by their ranks, and how many use each.
+
+    All ranks take and give back alike and in the same order. torch names groups by counting, so
+    that every rank has to name every group; those that are not in it do nothing else for it. (Names
+    from a hash, `use_local_synchronization`, depend on how many groups a rank is in: ranks of
+    different stages would wait for each other under different names.)
+
+    Who shares a communicator issues its calls from the one thread that runs a rank, so they come in
+    the same order everywhere.
+    """
+
+    def __init__(self, *, rank: int, world_size: int) -> None:
+        """Creates nothing."""
+        self._rank = rank
+        self._everyone = tuple(range(world_size))
+        self._users: dict[_Ranks, int] = {}
+        self._own: dict[_Ranks, dist.ProcessGroup] = {}
+        self._alone: dist.ProcessGroup | None = None
+
+    def take(self, groups: Sequence[_Ranks]) -> dist.ProcessGroup:
+        """The communicator of that group which holds this rank; a collective call of the world.
+
+        Args:
+            groups: Of the whole world, the same on every rank; each rank is in exactly one.
+        """
+        mine: _Ranks | None = None
+        for ranks in groups:
+            if self._rank in ranks:
+                mine = ranks
+            if len(ranks) == 1 or ranks == self._everyone:
+                continue  # needs none, or is there already
+            users = self._users.get(ranks, 0)
+            if not users:
+                self._create(ranks)
+            self._users[ranks] = users + 1
+        assert mine is not None, f"rank {self._rank} is in none of {groups}"
+        if len(mine) == 1:
+            return self._of_this_rank()
+        if mine == self._everyone:
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        return self._own[mine]
+
+    def give_back(self, groups: Sequence[_Ranks]) -> None:
+        """Ends the communicators of groups that nobody else uses; sends nothing."""
+        for ranks in groups:
+            if ranks not in self._users:
+                continue
+            self._users[ranks] -= 1
+            if not self._users[ranks]:
+                del self._users[ranks]
+                if ranks in self._own:
+                    dist.destroy_process_group(self._own.pop(ranks))
+
+    def _create(self, ranks: _Ranks) -> None:
+        # The order given is the order in the group, which torch would otherwise sort.
+        in_order = list(ranks) == sorted(ranks)
+        group = dist.new_group(list(ranks), timeout=GROUP_TIMEOUT, sort_ranks=in_order)
+        if self._rank in ranks:
+            self._own[ranks] = group
+
+    def _of_this_rank(self) -> dist.ProcessGroup:
+        """This rank alone: one object for all layouts, whose name concerns no other rank."""
+        if self._alone is None:
+            self._alone = dist.new_group(
+                [self._rank], timeout=GROUP_TIMEOUT, use_local_synchronization=True
+            )
+        return self._alone
+
+
+_WORLDS: WeakKeyDictionary[dist.ProcessGroup, _Communicators] = WeakKeyDictionary()
+"""Of each world that this process has joined; they end with it."""
+
+
+class _Lease:
+    """What one layout uses of a world's communicators, to be given back together."""
+
+    def __init__(self) -> None:
+        """Takes nothing yet; this process has joined a world."""
+        world = dist.group.WORLD
+        assert world is not None
+        if world not in _WORLDS:
+            _WORLDS[world] = _Communicators(rank=world.rank(), world_size=world.size())
+        self._communicators = _WORLDS[world]
+        self._taken: list[Sequence[_Ranks]] = []
+
+    def group(self, groups: Sequence[_Ranks]) -> dist.ProcessGroup:
+        """Takes this rank's communicator of these groups; a collective call of the world."""
+        group = self._communicators.take(groups)
+        self._taken.append(groups)
+        return group
+
+    def end(self) -> None:
+        """Gives all of them back; nothing is left to do where their world has ended before."""
+        world = dist.group.WORLD
+        while self._taken:
+            groups = self._taken.pop()
+            if world is not None and _WORLDS.get(world) is self._communicators:
+                self._communicators.give_back(groups)
 
 
 @dataclass(frozen=True)
@@ -38,10 +145,11 @@ class ProcessGroups:
     """First and last stage of this pipeline (only on those stages is it used)."""
     single: dist.ProcessGroup
     """This rank alone: megatron-core's context- and expert-parallel groups."""
+    _lease: _Lease = field(repr=False, compare=False)
 
     @classmethod
     def create(cls, layout: ParallelLayout) -> "ProcessGroups":
-        """Creates all groups of a layout; a collective call of the whole world.
+        """Creates those groups of a layout that do not exist; a collective call of the world.
 
         Raises:
             LayoutError: The layout does not have exactly as many ranks as the world.
@@ -52,16 +160,25 @@ class ProcessGroups:
                 f"layout {layout} has {layout.tensor} x {layout.pipeline} x {layout.data} = "
                 f"{layout.world_size} ranks, but {world_size} processes were started"
             )
+        lease = _Lease()
         return cls(
             layout=layout,
             rank=rank,
-            tensor=_own_group(layout.groups_along(Axis.TENSOR), rank),
-            pipeline=_own_group(layout.groups_along(Axis.PIPELINE), rank),
-            data=_own_group(layout.groups_along(Axis.DATA), rank),
-            model=_own_group(layout.model_groups(), rank),
-            embedding=_embedding_group(layout, rank),
-            single=_own_group([(other,) for other in range(world_size)], rank),
+            tensor=lease.group(layout.groups_along(Axis.TENSOR)),
+            pipeline=lease.group(layout.groups_along(Axis.PIPELINE)),
+            data=lease.group(layout.groups_along(Axis.DATA)),
+            model=lease.group(layout.model_groups()),
+            embedding=lease.group(_embedding_groups(layout)),
+            single=lease.group([(other,) for other in range(world_size)]),
+            _lease=lease,
         )
+
+    def close(self) -> None:
+        """Ends the communicators that no other layout uses; all ranks call it alike.
+
+        It sends nothing and waits for nobody. May be called again.
+        """
+        self._lease.end()
 
     @property
     def coordinate(self) -> Coordinate:
@@ -121,12 +238,13 @@ class GenerationGroups:
     """The same over all stages, by stage, then tile."""
     pipeline: dist.ProcessGroup
     """The stages of this rank's training pipeline."""
+    _lease: _Lease = field(repr=False, compare=False)
 
     @classmethod
     def create(
         cls, placement: GenerationPlacement, *, training: ProcessGroups
     ) -> "GenerationGroups":
-        """Creates the groups; a collective call of the whole world.
+        """Creates those groups that do not exist; a collective call of the whole world.
 
         Raises:
             LayoutError: The placement was made for another training layout.
@@ -136,16 +254,21 @@ class GenerationGroups:
                 f"generation is placed over training layout {placement.source}, but the training "
                 f"groups are of layout {training.layout}"
             )
-        rank, ranks = training.rank, range(placement.source.world_size)
+        world_size, lease = placement.source.world_size, _Lease()
         return cls(
             placement=placement,
-            rank=rank,
-            tensor=_own_group(_distinct(map(placement.tensor_group, ranks)), rank),
-            data=_own_group(_distinct(map(placement.replica_group, ranks)), rank),
-            tiles=_own_group(_distinct(map(placement.tile_group, ranks)), rank),
-            gather=_own_group(_distinct(map(placement.gather_group, ranks)), rank),
+            rank=training.rank,
+            tensor=lease.group(_all_groups(placement.tensor_group, world_size)),
+            data=lease.group(_all_groups(placement.replica_group, world_size)),
+            tiles=lease.group(_all_groups(placement.tile_group, world_size)),
+            gather=lease.group(_all_groups(placement.gather_group, world_size)),
             pipeline=training.pipeline,
+            _lease=lease,
         )
+
+    def close(self) -> None:
+        """Ends the communicators that no other layout uses, as `ProcessGroups.close`."""
+        self._lease.end()
 
     @property
     def tensor_rank(self) -> int:
@@ -222,27 +345,19 @@ class DeepSpeedMpu:
         return list(self._groups.layout.ranks_along(Axis.DATA, self._groups.rank))
 
 
-def _own_group(ranks_of_groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
-    """Creates every group (all ranks must call alike) and returns the one that holds `rank`."""
-    own: dist.ProcessGroup | None = None
-    for ranks in ranks_of_groups:
-        # The order given is the order in the group, which torch would otherwise sort.
-        in_order = list(ranks) == sorted(ranks)
-        group = dist.new_group(list(ranks), timeout=GROUP_TIMEOUT, sort_ranks=in_order)
-        if rank in ranks:
-            own = group
-    assert own is not None, f"rank {rank} is in none of {ranks_of_groups}"
-    return own
+def _all_groups(group_of: Callable[[int], _Ranks], world_size: int) -> list[_Ranks]:
+    """The groups of a world by first rank, from a function that names the group of a rank."""
+    groups: list[_Ranks] = []
+    placed: set[int] = set()
+    for rank in range(world_size):
+        if rank not in placed:
+            groups.append(group_of(rank))
+            placed.update(groups[-1])
+    return groups
 
 
-def _distinct(groups: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Each group once, in the order of first mention."""
-    return list(dict.fromkeys(groups))
-
-
-def _embedding_group(layout: ParallelLayout, rank: int) -> dist.ProcessGroup:
-    """The embedding group; a middle stage gets one of its own so that the field is never None."""
+def _embedding_groups(layout: ParallelLayout) -> list[_Ranks]:
+    """The embedding groups, and each middle stage by itself, so that the field is never None."""
     groups = list(layout.embedding_groups())
     members = {member for group in groups for member in group}
-    groups += [(other,) for other in range(layout.world_size) if other not in members]
-    return _own_group(groups, rank)
+    return groups + [(other,) for other in range(layout.world_size) if other not in members]

@@ -1,8 +1,9 @@
-"""The one place that tells the C library to keep the memory that tensors leave.
+"""The one place that tells the C library what to do with the memory that tensors leave.
 
 glibc maps a large tensor of its own and unmaps it when it is freed, or returns the end of the heap.
 The next tensor then gets pages that the system has to find and to zero: in a PPO step on CPUs a
-quarter of all processor time (docs/measurements/ppo_step.md).
+quarter of all processor time (docs/measurements/ppo_step.md). So it keeps what is freed within a
+stage, and gives all of it back between two stages.
 """
 
 import ctypes
@@ -32,3 +33,13 @@ def keep_freed_memory() -> bool:
         library.mallopt(setting, value) == 1
         for setting, value in ((_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, KEPT_BYTES))
     )
+
+
+def return_freed_memory() -> None:
+    """Gives the pages of all memory that this process has freed back to the system.
+
+    Does nothing where the C library does not know how.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)

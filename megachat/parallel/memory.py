@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megachat.errors import CapacityError, ConfigError, KernelError
-from megachat.parallel.device_memory import MappedDeviceBuffer
+from megachat.parallel.device_memory import MappedDeviceBuffer, TorchAllocator
+from megachat.parallel.lifetime import Owner
 
 PAGE_BYTES = mmap.PAGESIZE
 """Unit in which physical memory comes and goes."""
@@ -42,6 +43,9 @@ class PhaseMemory(Protocol):
     def resident_bytes(self) -> int:
         """Bytes that are taken now."""
 
+    def close(self) -> None:
+        """Gives memory and, once the last view is gone, addresses back; views are void."""
+
 
 def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
     """The kind of memory that suits a device; nothing is taken yet."""
@@ -52,7 +56,17 @@ def phase_memory(num_bytes: int, device: torch.device) -> PhaseMemory:
     return ReallocatedBuffer(num_bytes, device)
 
 
-class ReallocatedBuffer:
+def release_cached_memory(device: torch.device) -> None:
+    """Hands memory that tensors have left, and torch keeps for later ones, back to the driver.
+
+    To be called before somebody else takes memory from the driver: arena and cache at a phase
+    change, the next stage's communicators at the end of a stage. It waits for the device, and
+    later tensors have to ask the driver again. Does nothing on the CPU.
+    """
+    TorchAllocator(device).release_cached()
+
+
+class ReallocatedBuffer(Owner):
     """Ordinary memory of any device, freed between phases while the views of it stay valid.
 
     It may come back at another address, so nothing that recorded an address outlives a phase.
@@ -68,7 +82,12 @@ class ReallocatedBuffer:
         return self._bytes
 
     def acquire(self) -> None:
-        """Allocates; what is in the memory is undefined."""
+        """Allocates; what is in the memory is undefined.
+
+        Raises:
+            PhaseError: The buffer was closed.
+        """
+        self.check_open()
         if not self.resident_bytes():
             self._bytes.untyped_storage().resize_(self._bytes.nbytes)
 
@@ -80,8 +99,11 @@ class ReallocatedBuffer:
         """Size of the allocation."""
         return self._bytes.untyped_storage().nbytes()
 
+    def _end(self) -> None:
+        self.release()
 
-class AddressStableBuffer:
+
+class AddressStableBuffer(Owner):
     """A range of addresses whose physical pages appear at the first write and can be released.
 
     On the CPU an anonymous private mapping: a new page reads as zero, costs nothing until it is
@@ -139,7 +161,9 @@ class AddressStableBuffer:
 
         Raises:
             ConfigError: The range does not lie within the buffer.
+            PhaseError: The buffer was closed.
         """
+        self.check_open()
         first, last = self._page_range(start, self.num_bytes if stop is None else stop)
         if self._large_pages:
             origin = self.address % LARGE_PAGE_BYTES  # they start at multiples of their size
@@ -160,7 +184,7 @@ class AddressStableBuffer:
             ConfigError: The range does not lie within the buffer.
         """
         first, last = self._page_range(start, self.num_bytes if stop is None else stop)
-        if last > first:
+        if last > first:  # nothing is left of a closed one
             self._pages.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def resident_bytes(self, start: int = 0, stop: int | None = None) -> int:
@@ -180,6 +204,13 @@ class AddressStableBuffer:
             raise OSError(ctypes.get_errno(), "mincore failed")
         flags = torch.frombuffer(resident, dtype=torch.uint8)
         return int((flags & 1).sum()) * PAGE_BYTES
+
+    def _end(self) -> None:
+        """Gives all pages back; the mapping ends with the last view of it."""
+        self.release()
+        self.num_bytes = 0
+        self._bytes = self._bytes.new_empty(0)
+        del self._pages
 
     def _page_range(self, start: int, stop: int) -> tuple[int, int]:
         """The whole pages within a range of bytes, as bytes."""

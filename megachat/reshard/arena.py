@@ -5,7 +5,7 @@ moves: parameters and the optimizer's flat buffers are views. The rest belongs t
 shards; it is filled for a generation phase and given back afterwards, at the same addresses.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from megachat.errors import LayoutError, PhaseError
 from megachat.model.opt import OptModel
 from megachat.parallel.device_memory import MappedDeviceBuffer
+from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import AddressStableBuffer
 from megachat.reshard.rank_plan import plan_rank
 from megachat.reshard.records import Flat, ReshardPlan, View
@@ -31,6 +32,9 @@ class ArenaMemory(Protocol):
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Gives a range of bytes back; its content is lost, its addresses stay valid."""
 
+    def close(self) -> None:
+        """Gives memory and, once the last view is gone, addresses back; views are void."""
+
 
 def arena_memory(num_bytes: int, device: torch.device) -> ArenaMemory:
     """The kind of memory that suits a device; nothing is taken yet where it can be given back."""
@@ -41,7 +45,7 @@ def arena_memory(num_bytes: int, device: torch.device) -> ArenaMemory:
     return ResidentMemory(num_bytes, device)
 
 
-class ResidentMemory:
+class ResidentMemory(Owner):
     """Ordinary memory of any device, such as the fake memory of a dry run: it always stays."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -58,9 +62,15 @@ class ResidentMemory:
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Keeps the memory: there is no way to give part of an allocation back."""
 
+    def _end(self) -> None:
+        self._bytes.untyped_storage().resize_(0)
 
-class WeightArena:
-    """One rank's generation shard in memory; its training shard is a view of it."""
+
+class WeightArena(Owner):
+    """One rank's generation shard in memory; its training shard is a view of it.
+
+    Its end is that of the weights: parameters that it adopted are empty afterwards.
+    """
 
     def __init__(
         self,
@@ -69,7 +79,7 @@ class WeightArena:
         rank: int,
         dtype: torch.dtype,
         device: torch.device,
-        memory: ArenaMemory | None = None,
+        memory: Callable[[int], ArenaMemory] | None = None,
     ) -> None:
         """Reserves the memory; no page of it is resident before it is written.
 
@@ -78,7 +88,7 @@ class WeightArena:
             rank: This rank.
             dtype: Of the weights.
             device: Where they are.
-            memory: At least the arena's bytes, for nothing else; None chooses by the device.
+            memory: Makes memory of at least a number of bytes; None chooses by the device.
 
         Raises:
             LayoutError: The plan was made for another size of element.
@@ -93,13 +103,12 @@ class WeightArena:
         self.version = 0
         """Counts changes of the weights."""
         num_bytes = self.part.elements * dtype.itemsize
-        if memory is None:
-            memory = arena_memory(num_bytes, device)
-        self._memory = memory
+        self._memory = arena_memory(num_bytes, device) if memory is None else memory(num_bytes)
         for start, stop in self._own_bytes(dtype.itemsize):
-            memory.acquire(start, stop)
-        self._elements = memory.tensor()[:num_bytes].view(dtype)
+            self._memory.acquire(start, stop)
+        self._elements = self._memory.tensor()[:num_bytes].view(dtype)
         self._gathered_version: int | None = None
+        self._adopted: list[torch.nn.Parameter] = []
         self._weights = {weight.spec.name: self.view(weight.view) for weight in self.part.weights}
 
     @property
@@ -177,8 +186,10 @@ class WeightArena:
         else whole.
 
         Raises:
-            PhaseError: The shard is not gathered, or it is older than the training weights.
+            PhaseError: The shard is not gathered, or it is older than the training weights, or the
+                arena was closed.
         """
+        self.check_open()
         if self._gathered_version is None:
             raise PhaseError(
                 f"generation weights are not resident (training weights are at version "
@@ -201,6 +212,7 @@ class WeightArena:
 
     def acquire(self) -> None:
         """Makes room for what belongs to other ranks' shards (for the executor)."""
+        self.check_open()
         for start, stop in self._foreign_bytes():
             self._memory.acquire(start, stop)
 
@@ -243,6 +255,18 @@ class WeightArena:
             )
         place = self._elements.narrow(0, at, parameter.numel()).view(parameter.shape)
         parameter.data = place.copy_(parameter.detach())
+        self._adopted.append(parameter)
+
+    def _end(self) -> None:
+        """Empties the parameters first: who still reads one gets an error, and no stray memory."""
+        for parameter in self._adopted:
+            if self.owns(parameter):
+                parameter.data = parameter.data.new_empty(0)
+        self._adopted = []
+        self._weights = {}
+        self._gathered_version = None
+        self._elements = self._elements.new_empty(0)
+        self._memory.close()
 
 
 class ModelStorage:

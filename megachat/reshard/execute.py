@@ -7,7 +7,7 @@ of the memory back.
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from megachat.parallel.collectives import PendingTransfer, start_exchange, start
 from megachat.parallel.groups import GenerationGroups
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.records import Exchange, Gather, Scope, Step, View
+from megachat.telemetry.timers import nothing_to_wait_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,7 @@ class ReshardReport:
     staged_bytes: int
     """Most that was packed outside the arena at once."""
     seconds: float
+    """Until this rank's device had everything."""
 
     @classmethod
     def of_all_ranks(cls, reports: Sequence["ReshardReport"]) -> "ReshardReport":
@@ -46,8 +48,20 @@ class ReshardReport:
 class Resharder:
     """Fills the generation shard of one arena, as often as the weights change."""
 
-    def __init__(self, arena: WeightArena, groups: GenerationGroups) -> None:
+    def __init__(
+        self,
+        arena: WeightArena,
+        groups: GenerationGroups,
+        *,
+        synchronize: Callable[[], None] = nothing_to_wait_for,
+    ) -> None:
         """Prepares the views that the transfers work on.
+
+        Args:
+            arena: Whose shard is filled.
+            groups: Of its placement.
+            synchronize: Waits until the device has done what it was told, so that a report counts
+                the time of the transfers and not of their launch.
 
         Raises:
             LayoutError: Arena and groups belong to different placements or ranks.
@@ -58,6 +72,7 @@ class Resharder:
                 f"of rank {groups.rank} in {groups.placement}: build both from one plan"
             )
         self._arena = arena
+        self._synchronize = synchronize
         self._scopes: dict[Scope, dist.ProcessGroup] = {
             Scope.GATHER: groups.gather,
             Scope.PIPELINE: groups.pipeline,
@@ -71,10 +86,12 @@ class Resharder:
 
         Moves nothing if the weights have not changed since the last call and were not released.
         """
+        self._synchronize()  # what was asked of the device before is no part of this
         start = time.perf_counter()
         self._received = self._staged = 0
         for _ in self.stream():
             pass
+        self._synchronize()
         return ReshardReport(
             received_bytes=self._received,
             redundant_bytes=self._arena.part.traffic.redundant,

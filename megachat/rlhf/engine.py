@@ -5,8 +5,10 @@ reference (the actor's start) and the reward model only run forward.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from megachat.errors import ConfigError, LayoutError
 from megachat.hybrid.engine import HybridEngine
@@ -84,6 +86,26 @@ class RLHFEngine:
         """The training phase: everything that made room for generation comes back."""
         self.actor.train()
         self.critic.resume()
+
+    def close(self) -> None:
+        """Frees what the roles hold; all ranks call it alike. May be called again."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        """Begins a block at whose end the roles close."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the roles, as each does after an error or without one."""
+        self._scorers.clear()
+        with ExitStack() as roles:
+            for engine in (self.actor, self.critic, self.reference, self.reward):
+                roles.callback(engine.__exit__, kind, error, traceback)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:

@@ -64,9 +64,18 @@ class RunContext:
 
     def timers(self) -> PhaseTimers:
         """Phase timers that wait for this worker's device."""
+        return PhaseTimers(synchronize=self.synchronize)
+
+    def synchronize(self) -> None:
+        """Waits until this worker's device has done what it was told; the CPU always has."""
         if self.worker.device.type == "cuda":
-            return PhaseTimers(synchronize=torch.cuda.synchronize)
-        return PhaseTimers()
+            torch.cuda.synchronize(self.worker.device)
+
+    def close(self) -> None:
+        """Ends the communicators of all roles; all ranks call it alike."""
+        for groups in self._groups.values():
+            groups.close()
+        self._groups.clear()
 
 
 def stage_folder(config: RunConfig, stage: Stage) -> Path:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megachat.errors import CheckpointError, ConfigError
+from megachat.parallel.peak_memory import MemoryPeak
 
 RESULT_FILE = "result.json"
 MODEL_FOLDER = "model"
@@ -41,6 +42,31 @@ class ReshardCost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """The most memory that the ranks of a stage had at once."""
+
+    least_bytes: int
+    """Of the rank that needed least."""
+    most_bytes: int
+    most_rank: int
+    """The first rank that needed so much."""
+    measure: str
+    """What was counted."""
+
+    @classmethod
+    def of_ranks(cls, peaks: Sequence[MemoryPeak]) -> "StageMemory":
+        """From the peaks of all ranks, in their order."""
+        sizes = [peak.num_bytes for peak in peaks]
+        most = max(sizes)
+        return cls(
+            least_bytes=min(sizes),
+            most_bytes=most,
+            most_rank=sizes.index(most),
+            measure=", or ".join(dict.fromkeys(peak.measure.value for peak in peaks)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult:
     """The outcome of a completed stage."""
 
@@ -53,6 +79,8 @@ class StageResult:
     replies: list[Reply] = field(default_factory=list)
     reshard: ReshardCost | None = None
     """Of a stage that generates."""
+    memory: StageMemory | None = None
+    """None where an older version of megachat ran the stage."""
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -102,9 +130,12 @@ def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | Non
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         replies = [Reply(**reply) for reply in values.pop("replies")]
-        reshard = values.pop("reshard", None)
+        reshard, memory = values.pop("reshard", None), values.pop("memory", None)
         result = StageResult(
-            replies=replies, reshard=None if reshard is None else ReshardCost(**reshard), **values
+            replies=replies,
+            reshard=None if reshard is None else ReshardCost(**reshard),
+            memory=None if memory is None else StageMemory(**memory),
+            **values,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(

@@ -17,12 +17,13 @@ from megachat.stages.context import RunContext, stage_fingerprint
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import load_model, start_model
+from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
-def run_reward(context: RunContext, progress_title: str) -> StageResult:
+def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> StageResult:
     """Trains the reward model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.reward, context.config.models.reward
@@ -38,12 +39,14 @@ def run_reward(context: RunContext, progress_title: str) -> StageResult:
     held_out = held_out_batches(PreferenceLoader, data.validation, count=config.evaluation_rows)
     model = _start(context)
     num_steps = config.num_steps(len(loader))
-    engine = TrainEngine(
-        model,
-        micro_batch_rows=role.micro_batch_rows,
-        optimizer=config.optimizer,
-        total_steps=num_steps,
-        seed=seed_for(context.config.run.seed, Stage.REWARD),
+    engine = scope.own(
+        TrainEngine(
+            model,
+            micro_batch_rows=role.micro_batch_rows,
+            optimizer=config.optimizer,
+            total_steps=num_steps,
+            seed=seed_for(context.config.run.seed, Stage.REWARD),
+        )
     )
     skipped = SkippedUpdates(context, Stage.REWARD, {"reward": engine})
     with (

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from statistics import fmean
 
@@ -28,13 +29,14 @@ from megachat.stages.evaluation import (
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
 from megachat.stages.roles import load_model
+from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.metrics import MetricsSink
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
-def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
+def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> StageResult:
     """Trains the actor with PPO, compares it with its start and exports it."""
     started = time.monotonic()
     config = context.config.rlhf
@@ -46,8 +48,9 @@ def run_rlhf(context: RunContext, progress_title: str) -> StageResult:
     held_out = held_out_batches(PromptLoader, data.validation, count=config.evaluation_rows)
     num_steps = config.num_steps(len(loader))
     timers = context.timers()
+    num_updates = num_steps * config.ppo.epochs * config.ppo.minibatches
     trainer = PPOTrainer(
-        build_engine(context, num_updates=num_steps * config.ppo.epochs * config.ppo.minibatches),
+        scope.own(build_engine(context, num_updates=num_updates)),
         config=config.ppo,
         sampling=config.sampling,
         seed=seed_for(context.config.run.seed, Stage.PROMPTS),
@@ -164,34 +167,42 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
         context, models.reward, reward, head=Head.SCALAR, options=models.reward.options()
     )
     tokenizer = context.tokenizer
-    return RLHFEngine(
-        actor=HybridEngine(
-            actor,
-            HybridSettings(
-                generation_tensor=degrees[1],
-                micro_batch_rows=models.actor.micro_batch_rows,
-                optimizer=config.actor_optimizer,
-                total_steps=num_updates,
-                seed=seed,
-                generation=config.generation,
-                measures=config.memory,
-                ranks_per_node=context.config.launch.processes,
+    with ExitStack() as parts:  # what was built before a part that fails ends with it
+        engine = RLHFEngine(
+            actor=parts.enter_context(
+                HybridEngine(
+                    actor,
+                    HybridSettings(
+                        generation_tensor=degrees[1],
+                        micro_batch_rows=models.actor.micro_batch_rows,
+                        optimizer=config.actor_optimizer,
+                        total_steps=num_updates,
+                        seed=seed,
+                        generation=config.generation,
+                        measures=config.memory,
+                        ranks_per_node=context.config.launch.processes,
+                    ),
+                    stop_ids=(tokenizer.eos_id,),
+                    suppressed_ids=unspeakable_ids(tokenizer, vocab_size=actor.config.vocab_size),
+                    synchronize=context.synchronize,
+                )
             ),
-            stop_ids=(tokenizer.eos_id,),
-            suppressed_ids=unspeakable_ids(tokenizer, vocab_size=actor.config.vocab_size),
-        ),
-        critic=TrainEngine(
-            critic,
-            micro_batch_rows=models.reward.micro_batch_rows,
-            optimizer=config.critic_optimizer,
-            total_steps=num_updates,
-            seed=seed,
-        ),
-        reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
-        reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
-        measures=config.memory,
-        logprob_backend=models.actor.logprob_backend,
-    )
+            critic=parts.enter_context(
+                TrainEngine(
+                    critic,
+                    micro_batch_rows=models.reward.micro_batch_rows,
+                    optimizer=config.critic_optimizer,
+                    total_steps=num_updates,
+                    seed=seed,
+                )
+            ),
+            reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
+            reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
+            measures=config.memory,
+            logprob_backend=models.actor.logprob_backend,
+        )
+        parts.pop_all()
+    return engine
 
 
 def unspeakable_ids(tokenizer: Tokenizer, *, vocab_size: int) -> list[int]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
@@ -11,8 +12,9 @@ from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
 from megachat.hub import local_folder
 from megachat.ops.backends import prepare
-from megachat.parallel.collectives import barrier
+from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.launch import Worker
+from megachat.parallel.peak_memory import PeakMemory
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
     STAGE_TITLES,
@@ -26,6 +28,7 @@ from megachat.stages.context import (
 )
 from megachat.stages.results import (
     MODEL_FOLDER,
+    StageMemory,
     StageResult,
     read_result,
     write_json,
@@ -34,13 +37,14 @@ from megachat.stages.results import (
 )
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
+from megachat.stages.scope import StageScope, stage_scope
 from megachat.stages.sft import run_sft
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-_RUNNERS: Mapping[Stage, Callable[[RunContext, str], StageResult]] = {
+_RUNNERS: Mapping[Stage, Callable[[RunContext, str, StageScope], StageResult]] = {
     Stage.SFT: run_sft,
     Stage.REWARD: run_reward,
     Stage.PROMPTS: run_rlhf,
@@ -70,13 +74,18 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         if stage in done:
             logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
             continue
-        result = _RUNNERS[stage](context, title)
+        memory = PeakMemory(worker.device)
+        with stage_scope(worker.device) as scope:
+            result = _RUNNERS[stage](context, title, scope)
+        peaks = all_gather_objects(memory.read())
+        result = replace(result, memory=StageMemory.of_ranks(peaks))
         if worker.rank == 0:
             write_result(context.folder(stage), result)
         barrier()
     if worker.rank == 0:
         write_run_report(config, command=command, duration_s=time.monotonic() - started)
     barrier()
+    context.close()
 
 
 def describe_run(config: RunConfig) -> str:

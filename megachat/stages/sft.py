@@ -17,12 +17,13 @@ from megachat.stages.context import RunContext, stage_fingerprint
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import start_model
+from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.progress import StageProgress
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
-def run_sft(context: RunContext, progress_title: str) -> StageResult:
+def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> StageResult:
     """Trains the supervised model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.sft, context.config.models.actor
@@ -39,12 +40,14 @@ def run_sft(context: RunContext, progress_title: str) -> StageResult:
     options = role.options(dropout=config.dropout, attention_dropout=config.attention_dropout)
     model = start_model(context, role, head=Head.LANGUAGE_MODEL, options=options)
     num_steps = config.num_steps(len(loader))
-    engine = TrainEngine(
-        model,
-        micro_batch_rows=role.micro_batch_rows,
-        optimizer=config.optimizer,
-        total_steps=num_steps,
-        seed=seed_for(context.config.run.seed, Stage.SFT),
+    engine = scope.own(
+        TrainEngine(
+            model,
+            micro_batch_rows=role.micro_batch_rows,
+            optimizer=config.optimizer,
+            total_steps=num_steps,
+            seed=seed_for(context.config.run.seed, Stage.SFT),
+        )
     )
     skipped = SkippedUpdates(context, Stage.SFT, {"actor": engine})
     backend = role.logprob_backend

@@ -11,7 +11,13 @@ from megachat.stages.context import (
     stage_fingerprint,
     stage_folder,
 )
-from megachat.stages.results import MODEL_FOLDER, StageResult, read_result, write_text
+from megachat.stages.results import (
+    MODEL_FOLDER,
+    StageMemory,
+    StageResult,
+    read_result,
+    write_text,
+)
 from megachat.telemetry.log import active_console
 from megachat.telemetry.progress import format_duration
 from megachat.telemetry.report import Chart, Highlight, RunSummary, Sample, Table, write_report
@@ -114,6 +120,8 @@ def _table_lines(table: Table) -> Iterator[str]:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(["  " + first, *rest])
+    if table.note:
+        yield "  " + table.note
 
 
 def _result(config: RunConfig, stage: Stage) -> StageResult | None:
@@ -166,18 +174,21 @@ def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
         ),
         Stage.PROMPTS: lambda m: f"score {m['score_before']:.2f} -> {m['score_after']:.2f}",
     }
+    measures = dict.fromkeys(r.memory.measure for r in done.values() if r.memory is not None)
     return Table(
         title="Stages",
-        header=("stage", "steps", "time", "reached"),
+        header=("stage", "steps", "time", "peak memory a rank", "reached"),
         rows=[
             (
                 STAGE_TITLES[stage],
                 _steps(result),
                 format_duration(result.seconds),
+                _memory_text(result.memory),
                 reached[stage](result.metrics),
             )
             for stage, result in done.items()
         ],
+        note="".join(f"memory: {measure}" for measure in [", or ".join(measures)] if measure),
     )
 
 
@@ -185,6 +196,14 @@ def _steps(result: StageResult) -> str:
     """The number of steps, and how many updates were skipped on the way, if any."""
     steps, skipped = result.metrics["steps"], result.metrics.get("skipped_steps", 0)
     return f"{steps:.0f} ({skipped:.0f} skipped)" if skipped else f"{steps:.0f}"
+
+
+def _memory_text(memory: StageMemory | None) -> str:
+    """The peak of a rank, or of the ranks with the least and the most."""
+    if memory is None:
+        return "not measured"
+    least, most = f"{memory.least_bytes / 1e9:.2f}", f"{memory.most_bytes / 1e9:.2f}"
+    return f"{most} GB" if least == most else f"{least} to {most} GB"
 
 
 def _policy_table(result: StageResult | None) -> Table | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 SEPARATOR = "/"
 
 
-def _nothing_to_wait_for() -> None:
+def nothing_to_wait_for() -> None:
     """The default synchronisation: work is done when the call that does it returns."""
 
 
@@ -44,7 +44,7 @@ class PhaseTimers:
     yet belongs to the phase that queued it, hence `synchronize`, called at both ends of each phase.
     """
 
-    synchronize: Callable[[], None] = _nothing_to_wait_for
+    synchronize: Callable[[], None] = nothing_to_wait_for
     """Waits until the device has done what was asked of it; the CPU needs no waiting."""
     clock: Callable[[], float] = time.perf_counter
     """Monotonic seconds."""

@@ -29,6 +29,7 @@ from megachat.parallel.collectives import (
     broadcast,
 )
 from megachat.parallel.groups import ProcessGroups
+from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import MovableTensors
 from megachat.parallel.rng import seed_for
 from megachat.records import Batch
@@ -139,8 +140,11 @@ class _PlannedTransfers(P2PCommunicator):  # type: ignore[misc]
         )
 
 
-class ForwardEngine:
-    """Runs one role's model forward under its layout: evaluation and scoring."""
+class ForwardEngine(Owner):
+    """Runs one role's model forward under its layout: evaluation and scoring.
+
+    The model stays the caller's: the end of an engine leaves it its weights.
+    """
 
     def __init__(self, model: OptModel, *, micro_batch_rows: int) -> None:
         """Wraps a model.
@@ -154,6 +158,9 @@ class ForwardEngine:
         self.device = next(model.parameters()).device
         self._micro_batch_rows = micro_batch_rows
         self._stage = _Stage(model)
+
+    def _end(self) -> None:
+        """Holds nothing of its own."""
 
     @property
     def vocab_start(self) -> int:
@@ -195,7 +202,12 @@ class ForwardEngine:
     def _cut(
         self, batch: BatchT, inputs: LossFunction[BatchT] | ScoreFunction[BatchT]
     ) -> tuple[MicroBatchPlan, list[_MicroBatch[BatchT]]]:
-        """The plan for the global batch and this data rank's micro-batches."""
+        """The plan for the global batch and this data rank's micro-batches.
+
+        Raises:
+            PhaseError: The engine was closed.
+        """
+        self.check_open()
         lengths = inputs.row_lengths(batch)
         record_lengths = lengths.view(batch.num_rows, -1).amax(dim=1)
         plan = plan_micro_batches(
@@ -351,8 +363,9 @@ class TrainEngine(ForwardEngine):
                 backward pass, give their memory to whoever allocates next.
 
         Raises:
-            PhaseError: There is a gradient that no step has used.
+            PhaseError: There is a gradient that no step has used, or the engine was closed.
         """
+        self.check_open()
         if self._has_gradient:
             raise PhaseError("a gradient waits for its step: call step() before training pauses")
         if not self._is_paused:
@@ -368,6 +381,7 @@ class TrainEngine(ForwardEngine):
 
     def resume(self) -> None:
         """Takes back what `pause` freed; training goes on as if nothing had been."""
+        self.check_open()
         self._state.restore()
         self._gradients.restore()
         self._is_paused = False
@@ -379,6 +393,7 @@ class TrainEngine(ForwardEngine):
 
     def forward_backward(self, batch: BatchT, loss: LossFunction[BatchT]) -> LossReport:
         """The gradient of a global batch's loss, reduced over data ranks; `step` uses it up."""
+        self.check_open()
         assert not self._has_gradient, "each forward_backward needs its own step"
         if self._is_paused:
             raise PhaseError(
@@ -406,6 +421,7 @@ class TrainEngine(ForwardEngine):
 
     def step(self) -> StepReport:
         """Updates the weights with the gradient of the last `forward_backward` and clears it."""
+        self.check_open()
         rate = learning_rate(
             self._optimizer_config, step=self.steps_done, total_steps=self._total_steps
         )
@@ -428,6 +444,11 @@ class TrainEngine(ForwardEngine):
     def optimizer_tensors(self) -> OptimizerTensors:
         """What the optimizer keeps beside the weights, by pool."""
         return self._zero1.optimizer_tensors()
+
+    def _end(self) -> None:
+        """Frees the optimizer's state, also where a pause has sent it away."""
+        self._zero1.close()
+        self._state = self._gradients = MovableTensors(())
 
     def _key_dropout(self, micro_batch: _MicroBatch[Any]) -> None:
         """Names the dropout stream of a micro-batch independently of stages and data ranks."""

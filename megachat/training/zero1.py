@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from megachat.errors import ConfigError
 from megachat.parallel.collectives import all_reduce_max
 from megachat.parallel.groups import DeepSpeedMpu, ProcessGroups
+from megachat.parallel.lifetime import Owner
 from megachat.training.gradients import GradientReducer, OwnGradient, own_gradients
+from megachat.training.parameter_state import ParameterState
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.storage import FlatStorage
 
@@ -62,8 +64,11 @@ class OptimizerTensors:
     """AdamW's two, of the same part; none before the first step."""
 
 
-class Zero1Optimizer:
-    """AdamW under ZeRO-1 for the parameters of one model shard."""
+class Zero1Optimizer(Owner):
+    """AdamW under ZeRO-1 for the parameters of one model shard.
+
+    Its end leaves the parameters with their present weights, without gradients and hooks.
+    """
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class Zero1Optimizer:
         if dtypes not in ({torch.float32}, {torch.bfloat16}):
             raise ConfigError(f"training needs one dtype of float32 and bfloat16, got {dtypes}")
         self._is_bf16 = dtypes == {torch.bfloat16}
+        self._before = [ParameterState.of(parameter) for parameter in named.values()]
         self._groups, self._parameters, self._storage = groups, named, storage
         names = (
             _buckets(named, decayed, groups=groups) if storage is None else storage.parameter_groups
@@ -158,7 +164,12 @@ class Zero1Optimizer:
         return gradient
 
     def reduce_gradients(self) -> None:
-        """Sums the accumulated gradients over the data ranks, each part on its owner."""
+        """Sums the accumulated gradients over the data ranks, each part on its owner.
+
+        Raises:
+            PhaseError: The optimizer was closed.
+        """
+        self.check_open()
         self._reducer.finish()
         self._mark_hidden_faults()
         if not self._is_bf16:
@@ -212,7 +223,12 @@ class Zero1Optimizer:
             counted[0][:1].add_(0.0 * nn.utils.get_total_norm(hidden))
 
     def step(self, learning_rate: float) -> StepReport:
-        """Clips, updates the own part of the state, gathers the parameters, clears gradients."""
+        """Clips, updates the own part of the state, gathers the parameters, clears gradients.
+
+        Raises:
+            PhaseError: The optimizer was closed.
+        """
+        self.check_open()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
@@ -225,6 +241,7 @@ class Zero1Optimizer:
 
     def weights_loaded(self) -> None:
         """Takes over parameters that were overwritten in place, such as from a checkpoint."""
+        self.check_open()
         self._optimizer.refresh_fp32_params()
         if self._storage is not None:
             self._storage.weights_changed()
@@ -235,6 +252,7 @@ class Zero1Optimizer:
         Parameters, flat buffers, the parts of them that the update writes to, and the fragments
         that a checkpoint reads: each is a way for training to go on beside the storage unnoticed.
         """
+        self.check_open()
         tensors: dict[str, Tensor] = dict(self._parameters)
         flats, parts = _buffers(self._optimizer, is_bf16=self._is_bf16)
         for name, parameter in self._parameters.items():
@@ -251,6 +269,7 @@ class Zero1Optimizer:
 
     def optimizer_tensors(self) -> OptimizerTensors:
         """What this rank keeps beside the weights between two steps, to be moved or measured."""
+        self.check_open()
         inner = self._optimizer
         masters: list[Tensor] = (
             inner.fp32_groups_flat_partition
@@ -263,6 +282,21 @@ class Zero1Optimizer:
         return OptimizerTensors(
             gradients=tuple(gradients), masters=tuple(masters), moments=tuple(moments)
         )
+
+    def _end(self) -> None:
+        """Breaks every way from the parameters to the state, and empties what holds it.
+
+        The optimizer is part of reference cycles, which Python would free at some later time.
+        """
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed tells what it does
+            self._optimizer.destroy()
+        for state in self._before:
+            state.restore()
+        vars(self._optimizer.optimizer).clear()
+        vars(self._optimizer).clear()
+        is_closed = self._is_closed
+        vars(self).clear()
+        self._is_closed = is_closed
 
 
 def _buckets(

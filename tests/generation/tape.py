@@ -92,3 +92,6 @@ class TapeRecorder:
                     call.repeat()
 
         return Recording(output=output, replay=replay)
+
+    def close(self) -> None:
+        self.tapes.clear()

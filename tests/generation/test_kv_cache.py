@@ -122,7 +122,7 @@ def test_ordinary_memory_serves_a_pool_too() -> None:
         max_sequences=3,
         dtype=torch.float32,
         device=CPU,
-        memory=memory,
+        memory=lambda _: memory,
     )
     for _ in range(2):
         cache.acquire()

@@ -62,6 +62,20 @@ bool Reserved(uint64_t address, size_t size) {
   return address + size <= at->first + at->second;
 }
 
+// Granules of all handles.
+long long Live() {
+  long long live = 0;
+  for (const auto& [_, handle] : handles) live += handle.size / kGranularity;
+  return live;
+}
+
+bool Mapped(uint64_t address) {
+  auto at = mappings.upper_bound(address);
+  if (at == mappings.begin()) return false;
+  --at;
+  return address < at->first + at->second.first;
+}
+
 void Forget(uint64_t handle) {
   const Handle& found = handles.at(handle);
   if (!found.mapped && found.released) handles.erase(handle);
@@ -75,11 +89,16 @@ void Remap(uint64_t address, size_t size, int protection) {
 
 // Older toolkits' headers spell these functions as macros of themselves with a version.
 #undef cuMemGetAllocationGranularity
+#undef cuMemGetInfo
 #define RESULT(code) static_cast<CUresult>(code)
 
 extern "C" {
-long long stub_live_granules() { return static_cast<long long>(handles.size()); }
-long long stub_mapped_granules() { return static_cast<long long>(mappings.size()); }
+long long stub_live_granules() { return Live(); }
+long long stub_mapped_granules() {
+  long long mapped = 0;
+  for (const auto& [_, mapping] : mappings) mapped += mapping.first / kGranularity;
+  return mapped;
+}
 void stub_limit(long long granules) { limit = granules; }
 size_t stub_size_of_properties() { return sizeof(CUmemAllocationProp); }
 size_t stub_size_of_access() { return sizeof(CUmemAccessDesc); }
@@ -97,6 +116,14 @@ CUresult cuMemGetAllocationGranularity(size_t* granularity, const CUmemAllocatio
   return RESULT(0);
 }
 
+// The function without a version is an old one, which counts in 32 bits.
+CUresult cuMemGetInfo_v2(size_t* available, size_t* total) {
+  const long long granules = limit < 0 ? 1 << 20 : limit;
+  *total = granules * kGranularity;
+  *available = (granules - Live()) * kGranularity;
+  return RESULT(0);
+}
+
 CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdeviceptr,
                              unsigned long long) {
   if (!size || !Aligned(size)) return RESULT(kInvalidValue);
@@ -108,11 +135,22 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdevice
   return RESULT(0);
 }
 
+CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
+  auto found = reservations.find(address);
+  if (found == reservations.end() || found->second != size) return RESULT(kInvalidValue);
+  for (uint64_t at = address; at < address + size; at += kGranularity)
+    if (Mapped(at)) return RESULT(kInvalidValue);
+  reservations.erase(found);
+  munmap(reinterpret_cast<void*>(address), size);
+  return RESULT(0);
+}
+
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,
                      const CUmemAllocationProp* properties, unsigned long long flags) {
   if (!size || !Aligned(size) || flags) return RESULT(kInvalidValue);
   if (properties->type != 1 || properties->location.type != 1) return RESULT(kInvalidValue);
-  if (limit >= 0 && static_cast<long long>(handles.size()) >= limit) return RESULT(kOutOfMemory);
+  if (limit >= 0 && Live() + static_cast<long long>(size / kGranularity) > limit)
+    return RESULT(kOutOfMemory);
   *handle = next_handle++;
   handles[*handle] = Handle{size};
   return RESULT(0);
@@ -123,8 +161,9 @@ CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset,
   auto found = handles.find(handle);
   if (found == handles.end() || found->second.size != size || offset || flags)
     return RESULT(kInvalidValue);
-  if (!Aligned(address) || !Reserved(address, size) || mappings.count(address))
-    return RESULT(kInvalidValue);
+  if (!Aligned(address) || !Reserved(address, size)) return RESULT(kInvalidValue);
+  for (uint64_t at = address; at < address + size; at += kGranularity)
+    if (Mapped(at)) return RESULT(kInvalidValue);
   mappings[address] = {size, handle};
   found->second.mapped = true;
   return RESULT(0);
@@ -134,7 +173,7 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessDesc*
                         size_t count) {
   if (count != 1 || access->location.type != 1 || access->flags != 3) return RESULT(kInvalidValue);
   for (uint64_t at = address; at < address + size; at += kGranularity)
-    if (!mappings.count(at)) return RESULT(kInvalidValue);
+    if (!Mapped(at)) return RESULT(kInvalidValue);
   Remap(address, size, PROT_READ | PROT_WRITE);
   return RESULT(0);
 }

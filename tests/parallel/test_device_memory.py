@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.errors import CapacityError, ConfigError, KernelError
+from megachat.errors import CapacityError, ConfigError, KernelError, PhaseError
 from megachat.parallel.device_memory import (
     AccessDescription,
     AllocationProperties,
@@ -103,7 +103,7 @@ def test_a_range_takes_every_granule_it_touches_and_gives_back_those_it_covers(
     data[5 * GRANULE : 6 * GRANULE] = 9
     buffer.acquire()  # around what is there, whose content stays
     assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
-    buffer.release(2 * GRANULE + 1, 5 * GRANULE + 1)
+    buffer.release(2 * GRANULE + 1, 5 * GRANULE + 1)  # what came with it comes back with it
     assert buffer.resident_bytes() == 6 * GRANULE
     assert data[GRANULE : 3 * GRANULE].eq(7).all() and data[5 * GRANULE : 6 * GRANULE].eq(9).all()
     buffer.release()
@@ -122,6 +122,104 @@ def test_a_device_without_memory_is_named_and_loses_nothing(
     assert buffer.resident_bytes() == GRANULE and granules(library)[0] == before[0] + 1
     assert buffer.tensor()[:GRANULE].eq(3).all()
     buffer.release()
+
+
+class CountedCache:
+    """An allocator that keeps granules of the device, and counts how often it is asked for them."""
+
+    def __init__(self, library: Path, *, granules: int) -> None:
+        self._stub = ctypes.CDLL(str(library))
+        self.granules, self.calls, self.left = granules, 0, 0
+
+    def leave(self, granules: int) -> None:
+        """The device has that many in all beside what is kept here."""
+        self.left = granules
+        self._stub.stub_limit(ctypes.c_longlong(granules))
+
+    def release_cached(self) -> None:
+        self.calls += 1
+        self.leave(self.left + self.granules)
+        self.granules = 0
+
+    def used_bytes(self) -> int:
+        return 3_000_000_000
+
+    def cached_bytes(self) -> int:
+        return self.granules * GRANULE
+
+
+@pytest.mark.parametrize("kept", [5, 4])
+def test_what_the_allocator_keeps_is_asked_for_once_before_the_device_is_full(
+    driver: CudaDriver, library: Path, kept: int
+) -> None:
+    before = granules(library)
+    cache = CountedCache(library, granules=kept)
+    buffer = MappedDeviceBuffer(8 * GRANULE, CPU, driver=driver, allocator=cache)
+    buffer.acquire(0, GRANULE)
+    buffer.tensor()[:GRANULE] = 3
+    assert cache.calls == 0, "as long as the driver has memory, nobody is asked"
+    cache.leave(before[0] + 3)
+    if kept == 5:
+        buffer.acquire()
+        assert buffer.resident_bytes() == 8 * GRANULE
+        buffer.tensor()[GRANULE:] = 4
+    else:
+        with pytest.raises(CapacityError, match=r"offload more") as caught:
+            buffer.acquire()
+        assert buffer.resident_bytes() == GRANULE and granules(library)[0] == before[0] + 1
+        for number in ("0.00 GB are wanted", "torch's tensors take 3.00 GB", "0.00 GB of its"):
+            assert number in str(caught.value)
+    assert cache.calls == 1
+    assert buffer.tensor()[:GRANULE].eq(3).all()
+    buffer.release()
+
+
+def test_the_numbers_of_both_sides_are_said_when_the_device_is_full(
+    driver: CudaDriver, library: Path
+) -> None:
+    """2^27 bytes are 2,048 granules and 0.13 GB."""
+    buffer = MappedDeviceBuffer(8 << 27, CPU, driver=driver)
+    buffer.acquire(0, 1 << 27)
+    live = granules(library)[0]
+    ctypes.CDLL(str(library)).stub_limit(ctypes.c_longlong(live + (2 << 11)))
+    with pytest.raises(CapacityError) as caught:
+        buffer.acquire(0, 4 << 27)
+    message = str(caught.value)
+    for part in ("0.40 GB are wanted beside the 0.13 GB", "the driver has 0.27 of 0.4"):
+        assert part in message, message
+    buffer.release()
+
+
+def test_a_closed_buffer_gives_memory_and_addresses_back(driver: CudaDriver, library: Path) -> None:
+    before = granules(library)
+    buffer = MappedDeviceBuffer(3 * GRANULE, CPU, driver=driver)
+    buffer.acquire(0, GRANULE)
+    address = ctypes.c_uint64(buffer.address)
+    buffer.close()
+    buffer.close()
+    assert granules(library) == before
+    with pytest.raises(KernelError, match="status 1"):  # they are nobody's any more
+        driver.call("cuMemAddressFree", address, ctypes.c_size_t(3 * GRANULE))
+    with pytest.raises(PhaseError, match="was closed"):
+        buffer.acquire()
+
+
+def test_large_memory_comes_in_few_pieces(driver: CudaDriver) -> None:
+    """One piece for each granule of 2 MiB would be tens of thousands of calls at a phase change."""
+    calls: list[str] = []
+
+    class Counted:
+        def call(self, name: str, *arguments: object) -> None:
+            calls.append(name)
+            driver.call(name, *arguments)
+
+    buffer = MappedDeviceBuffer(1100 * GRANULE, CPU, driver=Counted())
+    buffer.acquire()
+    assert calls.count("cuMemCreate") == calls.count("cuMemMap") == 3  # of up to 512 granules
+    assert buffer.resident_bytes() == 1100 * GRANULE
+    buffer.tensor()[-1] = 1
+    buffer.release()
+    assert calls.count("cuMemUnmap") == 3 and buffer.resident_bytes() == 0
 
 
 def test_other_failures_ranges_sizes_and_a_missing_driver_are_named(driver: CudaDriver) -> None:
@@ -143,7 +241,7 @@ def _reshard(library: str) -> None:
     plain = build_actor(case, WIDE, torch.float32, groups=groups)
     memory = MappedDeviceBuffer(plain.arena.num_bytes, CPU, driver=CudaDriver(library))
     plan, rank = plain.arena.plan, plain.arena.part.rank
-    arena = WeightArena(plan, rank=rank, dtype=torch.float32, device=CPU, memory=memory)
+    arena = WeightArena(plan, rank=rank, dtype=torch.float32, device=CPU, memory=lambda _: memory)
     own = memory.resident_bytes()
     assert 0 < own < memory.num_bytes
     arena.adopt(build_actor(case, WIDE, torch.float32, groups=groups).model)

@@ -67,7 +67,7 @@ def test_a_tensor_that_left_the_arena_is_named() -> None:
 def test_memory_that_cannot_be_released_keeps_its_content() -> None:
     plan = _plan()
     memory = ResidentMemory(10**7, CPU)
-    arena = WeightArena(plan, rank=0, dtype=torch.float32, device=CPU, memory=memory)
+    arena = WeightArena(plan, rank=0, dtype=torch.float32, device=CPU, memory=lambda _: memory)
     memory.tensor().fill_(7)
     arena.release()
     assert memory.tensor().eq(7).all()

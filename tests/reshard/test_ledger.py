@@ -28,7 +28,11 @@ def test_resident_pages_are_those_of_the_ledger(train: tuple[int, int, int], gen
         part = plan_rank(plan, rank)
         memory = AddressStableBuffer(part.elements * 4, torch.device("cpu"))
         arena = WeightArena(
-            plan, rank=rank, dtype=torch.float32, device=torch.device("cpu"), memory=memory
+            plan,
+            rank=rank,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            memory=lambda _, memory=memory: memory,
         )
         ledger = arena_ledger(part, element_bytes=4, page_bytes=PAGE)
         assert memory.resident_bytes() == 0

@@ -84,7 +84,8 @@ def collect(model: OptModel, spec: TensorSpec, *, stage: int, dtype: torch.dtype
     if here.tensor == 0 and (here.pipeline == owner or owner != stage):
         whole = torch.empty(spec.shape, dtype=dtype, device=device)
     if here.pipeline == owner:
-        _join(model.parameters_by_spec()[spec.name].data.to(dtype), spec, whole, model)
+        shard = model.parameters_by_spec()[spec.name].data
+        _join(shard.to(dtype).contiguous(), spec, whole, model)
     if owner != stage and whole is not None:
         broadcast(whole, groups.pipeline, source=owner)
     return whole.cpu() if whole is not None and here.pipeline == stage else None
@@ -93,7 +94,7 @@ def collect(model: OptModel, spec: TensorSpec, *, stage: int, dtype: torch.dtype
 def _join(shard: Tensor, spec: TensorSpec, whole: Tensor | None, model: OptModel) -> None:
     """Puts the shards of a tensor group together on its first rank."""
     group = model.groups.tensor
-    if spec.shard_dim is None:
+    if spec.shard_dim is None or group.size() == 1:
         if whole is not None:
             whole.copy_(shard)
         return

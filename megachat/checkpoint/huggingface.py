@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from megachat.checkpoint.draft import is_complete
 from megachat.checkpoint.load import execute_load
 from megachat.checkpoint.load_plan import plan_load
 from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, huggingface_shape
 from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, list_weights, read_json
-from megachat.checkpoint.writer import is_complete, save_huggingface
+from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig
 from megachat.model.opt import OptModel
@@ -182,8 +183,8 @@ def _check_tensors(
         tensor = stored[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{folder / tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but the model "
-                f"needs {list(shape)}"
+                f"{folder / tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but the "
+                f"model needs {list(shape)}"
             )
         if not tensor.dtype.is_floating_point:
             raise CheckpointError(

@@ -68,7 +68,7 @@ def place_part(fused: Tensor, part: Tensor, *, number: int, parts: int, head_dim
     by_head[:, number].copy_(part.view(-1, head_dim, *part.shape[1:]))
 
 
-def split(fused: Tensor, *, head_dim: int, parts: int) -> tuple[Tensor, ...]:
-    """A fused parameter's parts: what `place_part` put there."""
-    by_head = fused.reshape(-1, parts, head_dim, *fused.shape[1:])
-    return tuple(by_head[:, part].flatten(0, 1) for part in range(parts))
+def take_part(fused: Tensor, *, number: int, parts: int, head_dim: int) -> Tensor:
+    """What `place_part` put into a fused parameter."""
+    by_head = fused.view(-1, parts, head_dim, *fused.shape[1:])
+    return by_head[:, number].flatten(0, 1)

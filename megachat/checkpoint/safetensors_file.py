@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -42,27 +42,16 @@ class SafetensorsFile:
     """A new file that takes its tensors in the order in which they were announced."""
 
     def __init__(self, path: Path, entries: Sequence[TensorEntry]) -> None:
-        """Creates the file and writes its header.
+        """Touches nothing yet; the first tensor creates the file.
 
         Args:
             path: Must not exist yet.
             entries: All tensors that will be appended, in order.
         """
         self._path = path
-        self._waiting = list(entries)
-        self._file = open(path, "xb")  # noqa: SIM115 (closed by `close`)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for entry in entries:
-            header[entry.name] = {
-                "dtype": _NAMES[entry.dtype],
-                "shape": list(entry.shape),
-                "data_offsets": [start, start + entry.num_bytes],
-            }
-            start += entry.num_bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._entries = tuple(entries)
+        self._written = 0
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         """Gives itself."""
@@ -75,19 +64,43 @@ class SafetensorsFile:
         traceback: TracebackType | None,
     ) -> None:
         """Closes the file, finished or not."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def append(self, name: str, value: Tensor) -> None:
         """Writes the next tensor, which lies on the CPU."""
-        entry = self._waiting.pop(0)
+        expected = self._entries[self._written]
         found = TensorEntry(name=name, dtype=value.dtype, shape=tuple(value.shape))
-        assert found == entry, f"{self._path}: {found} in the place of {entry}"
-        raw = value.contiguous().view(-1).view(torch.uint8)
-        self._file.write(memoryview(raw.numpy()))
+        assert found == expected, f"{self._path}: {found} in the place of {expected}"
+        self._opened().write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._written += 1
 
     def finish(self) -> None:
         """Closes a file that has all its tensors, when they are on the disk."""
-        assert not self._waiting, f"{self._path}: {len(self._waiting)} tensors were not written"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        file, missing = self._opened(), len(self._entries) - self._written
+        assert not missing, f"{self._path}: {missing} tensors were not written"
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    def _opened(self) -> BinaryIO:
+        """The file, with its header."""
+        if self._file is None:
+            self._file = open(self._path, "xb")
+            self._file.write(_header(self._entries))
+        return self._file
+
+
+def _header(entries: Sequence[TensorEntry]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.num_bytes],
+        }
+        start += entry.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

@@ -4,8 +4,16 @@ from megachat.checkpoint.huggingface import (
     MissingHead,
     is_complete,
     load_huggingface,
+    load_together,
     read_config,
     save_huggingface,
 )
 
-__all__ = ["MissingHead", "is_complete", "load_huggingface", "read_config", "save_huggingface"]
+__all__ = [
+    "MissingHead",
+    "is_complete",
+    "load_huggingface",
+    "load_together",
+    "read_config",
+    "save_huggingface",
+]

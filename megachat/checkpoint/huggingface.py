@@ -1,25 +1,35 @@
 """The one place for HuggingFace model folders: load into any layout, save from any layout.
 
-Loading involves no communication: every rank checks the names and shapes of the whole folder, so
-that all refuse a bad one alike, and then reads its own slices only.
+To load, the first rank checks the names and shapes of the whole folder and tells the others, so
+that a file system sees one rank open the files and all ranks refuse a bad folder alike. Then each
+weight is read once and sent to the ranks that need a part of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from megachat.checkpoint.names import IGNORED, SCORE, fuse, huggingface_names, huggingface_shape
-from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, open_weights, read_json
-from megachat.checkpoint.writer import is_complete, save_huggingface
+from megachat.checkpoint.draft import is_complete
+from megachat.checkpoint.load import execute_load
+from megachat.checkpoint.load_plan import plan_load
+from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, huggingface_shape
+from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, list_weights, read_json
+from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig
 from megachat.model.opt import OptModel
 from megachat.model.specs import TensorSpec
+from megachat.parallel.handover import on_first_rank
 
-__all__ = ["MissingHead", "is_complete", "load_huggingface", "read_config", "save_huggingface"]
+__all__ = [
+    "MissingHead",
+    "is_complete",
+    "load_huggingface",
+    "load_together",
+    "read_config",
+    "save_huggingface",
+]
 
 
 class MissingHead(StrEnum):
@@ -55,30 +65,89 @@ def load_huggingface(
     missing_head: MissingHead = MissingHead.REFUSE,
     seed: int = 0,
 ) -> None:
-    """Fills this rank's shard from a folder of safetensors or torch weight files.
+    """Fills a model from a folder of safetensors or torch weight files.
+
+    A collective call of all ranks of the layout.
 
     Args:
-        model: Receives the weights, in its own dtype.
+        model: This rank's shard receives its weights, in its own dtype.
         folder: config.json and the weights of the same architecture, of a language model or a
             scalar head.
         missing_head: Whether a scalar head may be absent.
         seed: Of the head's random start, where it is absent.
 
     Raises:
-        CheckpointError: The folder is unreadable, corrupt, incomplete, or holds another
-            architecture; names the file, the tensor and both shapes.
+        CheckpointError: On every rank: the folder is unreadable, corrupt, incomplete, or holds
+            another architecture; names the file, the tensor and both shapes.
         ConfigError: config.json describes a variant that megachat does not implement.
+        LaunchError: The disk took longer than `HANDOVER_LIMIT` for a batch of weights.
     """
-    _check_architecture(model.config, folder)
-    stored = open_weights(folder)
-    specs = model.global_specs()
-    absent: set[str] = set()
+    load_together((model,), folder, missing_head=missing_head, seed=seed)
+
+
+def load_together(
+    models: Sequence[OptModel],
+    folder: Path,
+    *,
+    missing_head: MissingHead = MissingHead.REFUSE,
+    seed: int = 0,
+) -> None:
+    """Fills several models with the same weights, which are read once: a policy and its reference.
+
+    Args:
+        models: Of one architecture, head and layout; dtype and padding may differ.
+        folder: As in `load_huggingface`, and so is the rest.
+        missing_head: As there.
+        seed: As there.
+
+    Raises:
+        CheckpointError: As in `load_huggingface`.
+        ConfigError: As there.
+        LaunchError: As there.
+    """
+    first = models[0]
+    for model in models[1:]:
+        assert model.groups is first.groups and model.head is first.head, "models of one role"
+        assert model.config == first.config, "models of one architecture"
+    specs = first.global_specs()
+
+    def check() -> _Contents:
+        return _check_folder(first.config, specs, folder, missing_head=missing_head)
+
+    found = on_first_rank(check, task=f"checking {folder}")
+    plan = plan_load(
+        [spec for spec in specs if spec.name not in found.absent],
+        found.stored,
+        config=first.config,
+        layout=first.groups.layout,
+    )
+    execute_load(models, plan, folder)
+    if found.absent:
+        for model in models:
+            model.initialise(seed, names=sorted(found.absent))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """What the first rank tells the others of a folder that is in order."""
+
+    stored: Mapping[str, StoredTensor]
+    """By canonical name."""
+    absent: frozenset[str]
+    """Parameters that start at random."""
+
+
+def _check_folder(
+    config: OptConfig, specs: Sequence[TensorSpec], folder: Path, *, missing_head: MissingHead
+) -> _Contents:
+    """Reads the headers of a folder and compares them with what is needed."""
+    _check_architecture(config, folder)
+    stored = list_weights(folder)
+    absent: frozenset[str] = frozenset()
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
-        absent = {spec.name for spec in specs if huggingface_names(spec) == (SCORE,)}
+        absent = frozenset(spec.name for spec in specs if huggingface_names(spec) == (SCORE,))
     _check_tensors([spec for spec in specs if spec.name not in absent], stored, folder)
-    _copy_weights(model, stored, absent)
-    if absent:
-        model.initialise(seed, names=sorted(absent))
+    return _Contents(stored=stored, absent=absent)
 
 
 def _check_architecture(config: OptConfig, folder: Path) -> None:
@@ -114,34 +183,18 @@ def _check_tensors(
         tensor = stored[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.path}: {tensor.name} has shape {list(tensor.shape)}, but the model needs "
-                f"{list(shape)}"
+                f"{folder / tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but the "
+                f"model needs {list(shape)}"
+            )
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{folder / tensor.file}: {tensor.name} holds {tensor.dtype}: expected "
+                "floating-point numbers"
             )
     surplus = [name for name in stored if name not in expected and name not in IGNORED]
     if surplus:
+        first = stored[surplus[0]]
         raise CheckpointError(
-            f"{stored[surplus[0]].path}: {stored[surplus[0]].name} is no tensor of this model "
+            f"{folder / first.file}: {first.name} is no tensor of this model "
             f"({len(surplus)} such tensors): not a plain OPT checkpoint"
         )
-
-
-@torch.no_grad()
-def _copy_weights(model: OptModel, stored: Mapping[str, StoredTensor], absent: set[str]) -> None:
-    parameters = dict(model.named_parameters())
-    for name, spec in model.local_specs().items():
-        if spec.name not in absent:
-            _copy_parameter(model, parameters[name], spec, stored)
-
-
-def _copy_parameter(
-    model: OptModel, target: Tensor, spec: TensorSpec, stored: Mapping[str, StoredTensor]
-) -> None:
-    """Reads the slices of one local parameter; rows beyond the stored ones become zero."""
-    names = huggingface_names(spec)
-    rows, *others = model.local_slices(spec)
-    num_rows = huggingface_shape(spec)[0]
-    wanted = slice(min(rows.start // len(names), num_rows), min(rows.stop // len(names), num_rows))
-    parts = [stored[name].read((wanted, *others)) for name in names]
-    value = fuse(parts, head_dim=model.config.head_dim) if len(parts) > 1 else parts[0]
-    target[: value.shape[0]].copy_(value)
-    target[value.shape[0] :].zero_()

@@ -1,8 +1,5 @@
 """The one place for how HuggingFace names and arranges the tensors of an OPT model (pure)."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from megachat.model.specs import TensorSpec
@@ -55,13 +52,23 @@ def canonical_name(name: str) -> str:
     return _PREFIX + name if name.startswith("decoder.") else name
 
 
-def fuse(parts: Sequence[Tensor], *, head_dim: int) -> Tensor:
-    """Query, key and value `[heads x head_dim, ...]` to rows by head, and within a head q, k, v."""
-    by_head = [part.reshape(-1, head_dim, *part.shape[1:]) for part in parts]
-    return torch.cat(by_head, dim=1).flatten(0, 1)
+def place_part(fused: Tensor, part: Tensor, *, number: int, parts: int, head_dim: int) -> None:
+    """Puts query, key or value `[heads x head_dim, ...]` into the rows of a fused parameter.
+
+    Those go by head, and within a head query, key, value.
+
+    Args:
+        fused: `[parts x heads x head_dim, ...]`, contiguous; its other rows stay.
+        part: One of its parts, in any dtype.
+        number: Which one, from 0.
+        parts: How many there are.
+        head_dim: Rows of a head in one part.
+    """
+    by_head = fused.view(-1, parts, head_dim, *fused.shape[1:])
+    by_head[:, number].copy_(part.view(-1, head_dim, *part.shape[1:]))
 
 
-def split(fused: Tensor, *, head_dim: int, parts: int) -> tuple[Tensor, ...]:
-    """Inverse of `fuse`."""
-    by_head = fused.reshape(-1, parts, head_dim, *fused.shape[1:])
-    return tuple(by_head[:, part].flatten(0, 1) for part in range(parts))
+def take_part(fused: Tensor, *, number: int, parts: int, head_dim: int) -> Tensor:
+    """What `place_part` put into a fused parameter."""
+    by_head = fused.view(-1, parts, head_dim, *fused.shape[1:])
+    return by_head[:, number].flatten(0, 1)

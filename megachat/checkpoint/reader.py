@@ -1,19 +1,21 @@
-"""The one place that opens HuggingFace weight files, which may come from anywhere.
+"""Opens HuggingFace weight files, which may come from anywhere: lists tensors, reads whole ones.
 
-Nothing in a file is executed: `.bin` files are read with torch's weights-only loader, and an index
-may name files of its own folder only. Only the slices that are asked for are read from the disk.
+Nothing in a file is executed: `.bin` files are listed with torch's weights-only loader, and an
+index may name files of its own folder only. Listing reads headers. A tensor is then read at once,
+from its first byte to its last: a parallel file system serves that, and not single pages, fast.
 """
 
 import json
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megachat.checkpoint.names import canonical_name
 from megachat.errors import CheckpointError
@@ -24,37 +26,83 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
-Slices = tuple[slice, ...]
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """One tensor of a file, not read yet."""
+    """Where one tensor lies in the files of a folder; ranks send it to each other."""
 
     name: str
     """As the file has it."""
-    path: Path
+    file: str
+    """Within the folder, which may have another path on another node."""
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[Slices], Tensor]
+    strides: tuple[int, ...]
+    """In elements; a `.bin` file may hold a transposed tensor."""
+    offset: int
+    """Bytes from the start of the file to the first element."""
 
-    def read(self, slices: Slices) -> Tensor:
-        """Reads a part, on the CPU.
-
-        Raises:
-            CheckpointError: The file cannot be read, or the tensor does not hold numbers.
-        """
-        try:
-            part = self.load(slices)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{self.path}: {self.name}: {one_line(error)}") from error
-        if not part.is_floating_point():
-            raise CheckpointError(
-                f"{self.path}: {self.name} holds {part.dtype}: expected floating-point numbers"
-            )
-        return part
+    @property
+    def num_bytes(self) -> int:
+        """Bytes from the first to the last element, all of which are read."""
+        if 0 in self.shape:
+            return 0
+        sizes = zip(self.shape, self.strides, strict=True)
+        last = sum((size - 1) * stride for size, stride in sizes)
+        return (last + 1) * self.dtype.itemsize
 
 
-def open_weights(folder: Path) -> dict[str, StoredTensor]:
+def read_tensor(folder: Path, stored: StoredTensor) -> Tensor:
+    """Reads a whole tensor, on the CPU.
+
+    Raises:
+        CheckpointError: The file cannot be read, or ends before the tensor does.
+    """
+    path = folder / stored.file
+    raw = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            read = read_into(cast(BinaryIO, file), memoryview(raw.numpy()))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {stored.name}: {one_line(error)}") from error
+    if read < stored.num_bytes:
+        raise CheckpointError(
+            f"{path}: {stored.name}: the file ends after {read} of {stored.num_bytes} bytes: copy "
+            "it again"
+        )
+    return raw.view(stored.dtype).as_strided(stored.shape, stored.strides)
+
+
+def read_into(file: BinaryIO, target: memoryview) -> int:
+    """Fills `target` from where the file stands; returns how many bytes there were."""
+    done = 0
+    while done < len(target):
+        # Linux reads 2 GiB at a time at most.
+        count = file.readinto(target[done:])  # type: ignore[attr-defined]
+        if not count:
+            break
+        done += count
+    return done
+
+
+def list_weights(folder: Path) -> dict[str, StoredTensor]:
     """Everything a folder's weight files hold, by canonical name.
 
     Looks for, in this order: model.safetensors, its sharded form, pytorch_model.bin, its sharded
@@ -130,24 +178,52 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Lists a safetensors file; the library checks that header and length fit together."""
     try:
-        handle: Any = safe_open(path, framework="pt")
-        parts = {name: handle.get_slice(name) for name in handle.keys()}
+        with safe_open(path, framework="pt"):
+            pass
+        header, start = _safetensors_header(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: corrupt, truncated or not a safetensors file: {one_line(error)}"
         ) from error
+    unknown = [name for name, entry in header.items() if entry["dtype"] not in SAFETENSORS_DTYPES]
+    if unknown:
+        raise CheckpointError(
+            f"{path}: {unknown[0]} holds {header[unknown[0]]['dtype']}: expected one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}"
+        )
     return {
         name: StoredTensor(
-            name=name, path=path, shape=tuple(part.get_shape()), load=part.__getitem__
+            name=name,
+            file=path.name,
+            dtype=SAFETENSORS_DTYPES[entry["dtype"]],
+            shape=tuple(entry["shape"]),
+            strides=_contiguous_strides(entry["shape"]),
+            offset=start + entry["data_offsets"][0],
         )
-        for name, part in parts.items()
+        for name, entry in header.items()
     }
 
 
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """(entry by tensor name, where the data starts): 8 bytes of length, then JSON, then data."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _contiguous_strides(shape: list[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
 def _open_torch(path: Path) -> dict[str, StoredTensor]:
+    """Lists a `.bin` file: under fake tensors torch reads no data and says where it lies."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, because it holds more than tensors and loading it could run code"
@@ -162,7 +238,13 @@ def _open_torch(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: not a state dict of named tensors")
     return {
         name: StoredTensor(
-            name=name, path=path, shape=tuple(value.shape), load=value.detach().__getitem__
+            name=name,
+            file=path.name,
+            dtype=value.dtype,
+            shape=tuple(value.shape),
+            strides=tuple(value.stride()),
+            offset=vars(value.untyped_storage())["_checkpoint_offset"]
+            + value.storage_offset() * value.dtype.itemsize,
         )
         for name, value in content.items()
     }

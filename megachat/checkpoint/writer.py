@@ -1,94 +1,37 @@
 """The one place that writes HuggingFace model folders: planned, streamed, complete or absent.
 
-Rank 0 collects one weight file's tensors at a time in a folder beside the target and renames it at
-the end, so a reader sees the old export, the new one, or none. All ranks learn of a failure.
+Each weight file has one writer. It collects a few parameters over the groups that training has,
+writes them, and only then asks for the next: meanwhile the others wait in the job's store and in no
+collective. All ranks learn of a failure.
 """
 
-import functools
-import json
-import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megachat.checkpoint.names import huggingface_names, split
-from megachat.checkpoint.reader import (
-    CONFIG_FILE,
-    SAFETENSORS_FILE,
-    SAFETENSORS_INDEX,
-    one_line,
-    read_json,
-)
-from megachat.errors import CapacityError, CheckpointError, MegachatError
+from megachat.checkpoint.draft import MARKER_FILE, Draft, is_complete, writing
+from megachat.checkpoint.exchange import collect
+from megachat.checkpoint.names import huggingface_names, huggingface_shape, take_part
+from megachat.checkpoint.reader import CONFIG_FILE, SAFETENSORS_INDEX
+from megachat.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
+from megachat.checkpoint.save_plan import FileTask, WeightFile, plan_files, plan_save
+from megachat.errors import MegachatError
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
-from megachat.model.specs import TensorSpec, stage_of
-from megachat.parallel.collectives import (
-    all_gather_last_dim,
-    all_gather_rows,
-    broadcast,
-    broadcast_object,
-)
-from megachat.parallel.groups import ProcessGroups
+from megachat.model.specs import TensorSpec
+from megachat.parallel.handover import Board, on_first_rank
+from megachat.telemetry.transfer import TransferProgress
 
-MARKER_FILE = "megachat_export.json"
-"""Written last; lists every other file with its size, so that a partial copy is told apart."""
+__all__ = ["MARKER_FILE", "is_complete", "save_huggingface"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Largest weight file, as the hub's tools have it."""
 
 GENERATION_FILE = "generation_config.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightFile:
-    """One weight file of an export: which parameters it holds, whole and in order."""
-
-    name: str
-    specs: tuple[TensorSpec, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Outcome:
-    """What rank 0 tells the others about its work on the disk."""
-
-    failure: MegachatError | None
-
-
-def plan_files(
-    specs: Sequence[TensorSpec], *, dtype: torch.dtype, max_shard_bytes: int
-) -> tuple[WeightFile, ...]:
-    """Cuts the parameters into weight files (pure).
-
-    A file exceeds the limit only where a single parameter does; a fused parameter is not split.
-    """
-    groups: list[list[TensorSpec]] = []
-    used = 0
-    for spec in specs:
-        size = spec.num_elements * dtype.itemsize
-        if not groups or used + size > max_shard_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(spec)
-        used += size
-    total = len(groups)
-    return tuple(
-        WeightFile(
-            name=SAFETENSORS_FILE
-            if total == 1
-            else f"model-{number:05d}-of-{total:05d}.safetensors",
-            specs=tuple(group),
-            num_bytes=sum(spec.num_elements for spec in group) * dtype.itemsize,
-        )
-        for number, group in enumerate(groups, start=1)
-    )
 
 
 def save_huggingface(
@@ -106,139 +49,158 @@ def save_huggingface(
 
     Args:
         model: This rank's shard.
-        folder: The target; an earlier export there is replaced in one step.
+        folder: The target, under the same path on all ranks; an earlier export there is replaced
+            in one step.
         dtype: Of the weights in the files; None keeps the model's.
         extra_files: Files to copy into the folder (the tokenizer's), by their name in it.
-        max_shard_bytes: Largest weight file; also what rank 0 holds at a time.
+        max_shard_bytes: Largest weight file.
 
     Raises:
         CheckpointError: On every rank, if the folder cannot be written or holds something else
             than an export, an extra file is missing, or the disk is too small.
+        LaunchError: A writer took longer than `HANDOVER_LIMIT` for a batch of weights.
     """
     groups, kept = model.groups, dtype or model.options.dtype
-    specs = model.global_specs()
-    files = plan_files(specs, dtype=kept, max_shard_bytes=max_shard_bytes)
-    draft = _Draft(folder.resolve(), is_writer=groups.rank == 0)
+    files = plan_files(model.global_specs(), dtype=kept, max_shard_bytes=max_shard_bytes)
+    target, needed = folder.resolve(), sum(file.num_bytes for file in files)
+    start = partial(Draft.start, target, needed=needed, extra_files=extra_files or {})
+    draft = on_first_rank(start, task=f"preparing {folder}")
     try:
-        draft.attempt(lambda: draft.start(files, extra_files=extra_files or {}))
-        _raise_together(groups, draft)
-        # Copies of the model have nothing to add; they wait below.
-        for file in files if groups.coordinate.data == 0 else ():
-            tensors = _collect_file(model, file, kept)
-            draft.attempt(functools.partial(draft.write_weights, file, tensors))
-            if _shared_failure(groups, draft) is not None:
-                break
+        tasks = plan_save(files, config=model.config, layout=groups.layout, dtype=kept)
+        with TransferProgress(f"writing {folder}", total=needed) as progress:
+            saver = _Saver(model, draft, kept, Board(f"writing {folder}"), progress)
+            saver.run(tasks)
+            saver.conclude()
         configs = {CONFIG_FILE: model.config.to_huggingface(head=model.head, dtype=kept)}
         configs |= _generation_config(model) | _index(files)
-        draft.attempt(lambda: draft.finish(configs))
-        _raise_together(groups, draft)
+        on_first_rank(partial(draft.finish, configs), task=f"finishing {folder}")
     finally:
-        draft.discard()
+        if groups.rank == 0:
+            draft.discard()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a whole export of `save_huggingface`: every file with its size."""
-    marker = folder / MARKER_FILE
-    if not marker.is_file():
-        return False
-    try:
-        sizes = read_json(marker).get("files")
-    except CheckpointError:
-        return False
-    return isinstance(sizes, dict) and all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+class _Saver:
+    """One rank's part in an export."""
 
+    def __init__(
+        self,
+        model: OptModel,
+        draft: Draft,
+        dtype: torch.dtype,
+        board: Board,
+        progress: TransferProgress,
+    ) -> None:
+        self._model = model
+        self._draft = draft
+        self._dtype = dtype
+        self._board = board
+        self._progress = progress
+        self._here = model.groups.coordinate
+        self._failure: MegachatError | None = None
 
-class _Draft:
-    """The folder beside the target in which rank 0 prepares an export; idle on other ranks."""
+    def run(self, tasks: Sequence[FileTask]) -> None:
+        """Does this rank's part of every file, in one order on all ranks.
 
-    def __init__(self, target: Path, *, is_writer: bool) -> None:
-        """Touches nothing yet."""
-        self._target = target
-        self._path = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-        self._is_writer = is_writer
-        self.failure: MegachatError | None = None
+        Ranks stop together when a writer tells of a failure: those of a stage and copy that write
+        a file of their own, all of a copy while files are shared.
+        """
+        for task in tasks:
+            if task.data != self._here.data:
+                continue
+            if task.is_shared or task.stage == self._here.pipeline:
+                is_writer = self._here.tensor == 0 and self._here.pipeline == task.stage
+                go_on = self._write_file(task) if is_writer else self._help(task)
+                if not go_on:
+                    return
 
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Runs `action` on the writer, unless an earlier one failed; keeps what it raises."""
-        if not self._is_writer or self.failure is not None:
+    def conclude(self) -> None:
+        """Waits for all other writers; raises the failure of any."""
+        layout, here = self._model.groups.layout, self._here
+        places = [(stage, data) for stage in range(layout.pipeline) for data in range(layout.data)]
+        self._board.conclude(
+            f"stage {here.pipeline} copy {here.data}" if here.tensor == 0 else None,
+            self._failure,
+            names=[f"stage {stage} copy {data}" for stage, data in places],
+            meanwhile=self._show,
+        )
+        self._show()
+
+    def _write_file(self, task: FileTask) -> bool:
+        """Writes a file; tells the ranks that help when a batch is wanted, or that none is.
+
+        Returns:
+            Whether to go on. A writer whose disk fails in its last batch has yet to tell so: it
+            helps other writers until one of them tells everybody.
+        """
+        with SafetensorsFile(self._draft.path / task.file.name, self._entries(task)) as file:
+            for number, batch in enumerate(task.batches):
+                self._failure = self._failure or self._board.failure()
+                self._board.post(_name(task, number), self._failure)
+                if self._failure is not None:
+                    return False
+                self._attempt(partial(self._append, file, self._collect(task, batch)))
+                self._show()
+            self._attempt(file.finish)
+        return True
+
+    def _help(self, task: FileTask) -> bool:
+        """Gives this rank's shards of a file to its writer; returns whether to go on."""
+        for number, batch in enumerate(task.batches):
+            failure = self._board.wait([_name(task, number)], meanwhile=self._show)
+            if failure is not None:
+                self._failure = self._failure or failure
+                return False
+            self._collect(task, batch)
+        return True
+
+    def _collect(self, task: FileTask, batch: Sequence[TensorSpec]) -> dict[TensorSpec, Tensor]:
+        """A batch's parameters on the writer; nothing elsewhere."""
+        wholes = {}
+        for spec in batch:
+            whole = collect(self._model, spec, stage=task.stage, dtype=self._dtype)
+            if whole is not None:
+                wholes[spec] = whole
+        return wholes
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Works on the disk, unless that has failed before; a failure is told to other writers."""
+        if self._failure is not None:
             return
         try:
-            action()
+            with writing(self._draft.target):
+                action()
         except MegachatError as error:
-            self.failure = error
-        except Exception as error:  # anything: an error that only this rank sees hangs the others
-            self.failure = CheckpointError(f"{self._target}: cannot write: {one_line(error)}")
-            self.failure.__cause__ = error
-
-    def start(self, files: Sequence[WeightFile], *, extra_files: Mapping[str, Path]) -> None:
-        """Checks the target and the disk, and copies the extra files."""
-        self._check_target()
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._path.mkdir()
-        needed = sum(file.num_bytes for file in files)
-        free = shutil.disk_usage(self._path).free
-        if needed > free:
-            raise CapacityError(
-                f"{self._target}: the weights take {needed} bytes, but the disk has {free} free"
+            self._failure = error
+            self._board.post(
+                f"failure of stage {self._here.pipeline} copy {self._here.data}", error
             )
-        for name, source in extra_files.items():
-            if Path(name).name != name or not source.is_file():
-                raise CheckpointError(f"{source}: cannot be copied as {name}: no such file")
-            shutil.copyfile(source, self._path / name)
 
-    def write_weights(self, file: WeightFile, tensors: Mapping[str, Tensor]) -> None:
-        """Writes one weight file."""
-        save_file(dict(tensors), self._path / file.name, metadata={"format": "pt"})
+    def _append(self, file: SafetensorsFile, wholes: dict[TensorSpec, Tensor]) -> None:
+        head_dim = self._model.config.head_dim
+        for spec in list(wholes):
+            rows, names = wholes.pop(spec)[: spec.unpadded_shape[0]], huggingface_names(spec)
+            for number, name in enumerate(names):
+                part = rows
+                if len(names) > 1:
+                    part = take_part(rows, number=number, parts=len(names), head_dim=head_dim)
+                file.append(name, part)
+                self._board.count_bytes(part.nbytes)
 
-    def finish(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes the small files and the marker, and puts the folder in its place."""
-        for name, content in configs.items():
-            self._write_json(name, content)
-        sizes = {path.name: path.stat().st_size for path in sorted(self._path.iterdir())}
-        self._write_json(MARKER_FILE, {"format": 1, "files": sizes})
-        if self._target.exists():
-            previous = self._path.with_suffix(".previous")
-            self._target.rename(previous)
-            self._path.rename(self._target)
-            shutil.rmtree(previous)
-        else:
-            self._path.rename(self._target)
+    def _entries(self, task: FileTask) -> list[TensorEntry]:
+        return [
+            TensorEntry(name=name, dtype=self._dtype, shape=huggingface_shape(spec))
+            for spec in task.file.specs
+            for name in huggingface_names(spec)
+        ]
 
-    def discard(self) -> None:
-        """Removes what is left of an unfinished draft."""
-        if self._is_writer:
-            shutil.rmtree(self._path, ignore_errors=True)
-
-    def _check_target(self) -> None:
-        if self._target.exists() and not self._target.is_dir():
-            raise CheckpointError(f"{self._target}: exists and is not a folder")
-        if self._target.is_dir() and not (self._target / MARKER_FILE).is_file():
-            others = [path.name for path in self._target.iterdir()]
-            if others:
-                raise CheckpointError(
-                    f"{self._target}: holds {others[0]} and is no earlier export: "
-                    "choose another folder or empty it"
-                )
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        (self._path / name).write_text(text, encoding="utf-8")
+    def _show(self) -> None:
+        """Only where someone sees it: the others need not ask the store."""
+        if self._progress.is_shown:
+            self._progress.show(self._board.count_bytes())
 
 
-def _shared_failure(groups: ProcessGroups, draft: _Draft) -> MegachatError | None:
-    """The writer's failure, on every rank of its copy of the model."""
-    return broadcast_object(_Outcome(failure=draft.failure), groups.model, source=0).failure
-
-
-def _raise_together(groups: ProcessGroups, draft: _Draft) -> None:
-    """Raises the writer's failure on every rank of the layout, if there is one."""
-    outcome = _Outcome(failure=_shared_failure(groups, draft))
-    failure = broadcast_object(outcome, groups.data, source=0).failure
-    if failure is not None:
-        raise failure
+def _name(task: FileTask, batch: int) -> str:
+    return f"{task.file.name} batch {batch}"
 
 
 def _generation_config(model: OptModel) -> dict[str, dict[str, Any]]:
@@ -263,40 +225,3 @@ def _index(files: Sequence[WeightFile]) -> dict[str, dict[str, Any]]:
     }
     total = sum(file.num_bytes for file in files)
     return {SAFETENSORS_INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}}
-
-
-def _collect_file(model: OptModel, file: WeightFile, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One file's tensors on rank 0, on the CPU; an empty table elsewhere."""
-    tensors: dict[str, Tensor] = {}
-    for spec in file.specs:
-        whole = _collect(model, spec, dtype)
-        if model.groups.rank == 0:
-            tensors |= _as_huggingface(spec, whole, head_dim=model.config.head_dim)
-    return tensors
-
-
-def _collect(model: OptModel, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    """A whole parameter on rank 0: gathered over its tensor group, then sent down the pipeline."""
-    groups = model.groups
-    stage = stage_of(spec, model.config, pipeline=groups.layout.pipeline)
-    if groups.coordinate.pipeline == stage:
-        whole = model.parameters_by_spec()[spec.name].detach().to(dtype)
-        if spec.shard_dim == 0:
-            whole = all_gather_rows(whole, groups.tensor)
-        elif spec.shard_dim is not None:
-            whole = all_gather_last_dim(whole, groups.tensor)
-    elif groups.coordinate.tensor == 0:
-        device = next(model.parameters()).device
-        whole = torch.empty(spec.shape, dtype=dtype, device=device)
-    else:
-        whole = torch.empty(0)
-    if stage and groups.coordinate.tensor == 0:
-        broadcast(whole.contiguous(), groups.pipeline, source=stage)
-    return whole
-
-
-def _as_huggingface(spec: TensorSpec, whole: Tensor, *, head_dim: int) -> dict[str, Tensor]:
-    """A whole parameter as the tensors of a HuggingFace file."""
-    names, rows = huggingface_names(spec), whole[: spec.unpadded_shape[0]]
-    parts = split(rows, head_dim=head_dim, parts=len(names)) if len(names) > 1 else (rows,)
-    return {name: part.contiguous().cpu() for name, part in zip(names, parts, strict=True)}

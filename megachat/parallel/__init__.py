@@ -14,3 +14,6 @@ MEGATRON_HINT = (
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait for its slowest rank (a generation phase can be long)."""
+
+HANDOVER_LIMIT = timedelta(hours=12)
+"""How long ranks wait, outside any collective, for one that reads, writes or prepares something."""

@@ -54,6 +54,42 @@ def broadcast(tensor: Tensor, group: dist.ProcessGroup, *, source: int) -> Tenso
     return tensor
 
 
+def scatter(
+    target: Tensor, pieces: Sequence[Tensor], group: dist.ProcessGroup, *, source: int
+) -> Tensor:
+    """Overwrites `target` with the source's piece for this rank, in place, and returns it.
+
+    Args:
+        target: Contiguous.
+        pieces: On the source one contiguous tensor a rank of the group, like `target`; else empty.
+        group: The ranks.
+        source: Who has the pieces.
+    """
+    if group.size() == 1:
+        return target.copy_(pieces[0])
+    dist.scatter(target, list(pieces) or None, src=dist.get_global_rank(group, source), group=group)
+    return target
+
+
+def gather(
+    tensor: Tensor, slots: Sequence[Tensor], group: dist.ProcessGroup, *, destination: int
+) -> None:
+    """Brings every rank's contiguous `tensor` to one rank of the group.
+
+    Args:
+        tensor: What this rank gives.
+        slots: On the destination one contiguous tensor a rank of the group, overwritten; else
+            empty.
+        group: The ranks.
+        destination: Who gets them, an index within the group.
+    """
+    if group.size() == 1:
+        slots[0].copy_(tensor)
+        return
+    target = dist.get_global_rank(group, destination)
+    dist.gather(tensor, list(slots) or None, dst=target, group=group)
+
+
 def broadcast_object(
     value: ObjectT | None, group: dist.ProcessGroup | None = None, *, source: int = 0
 ) -> ObjectT:

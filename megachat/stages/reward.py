@@ -9,6 +9,7 @@ from megachat.data.loaders import LoaderOptions, PreferenceLoader, endless
 from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
+from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import PreferenceBatch
 from megachat.rlhf.objectives import PairwiseObjective, TokenwisePairwiseObjective
@@ -28,6 +29,7 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     started = time.monotonic()
     config, role = context.config.reward, context.config.models.reward
     data = build_stage_data(context.config.data, stage=Stage.REWARD, tokenizer=context.tokenizer)
+    store_barrier("preparing the data")
     loader = PreferenceLoader(
         data.train,
         LoaderOptions(

@@ -13,12 +13,12 @@ from megachat.data.stage_data import build_stage_data
 from megachat.data.tokenizer import Tokenizer
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, vocab_multiple_for
+from megachat.parallel.handover import store_barrier
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.engine import RLHFEngine
 from megachat.rlhf.ppo import PPOTrainer
-from megachat.stages.config import RoleSection
 from megachat.stages.context import RunContext, stage_fingerprint
 from megachat.stages.evaluation import (
     PolicyEvaluation,
@@ -28,7 +28,7 @@ from megachat.stages.evaluation import (
 )
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
-from megachat.stages.roles import load_model
+from megachat.stages.roles import load_models
 from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.metrics import MetricsSink
@@ -42,6 +42,7 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
     config = context.config.rlhf
     judge = create_judge(config.judge)
     data = build_stage_data(context.config.data, stage=Stage.PROMPTS, tokenizer=context.tokenizer)
+    store_barrier("preparing the data")
     loader = PromptLoader(
         data.train, LoaderOptions(batch_size=config.batch_prompts, seed=context.config.run.seed)
     )
@@ -150,21 +151,17 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
     seed = seed_for(context.config.run.seed, Stage.PROMPTS)
     sft, reward = context.model_folder(Stage.SFT), context.model_folder(Stage.REWARD)
 
-    def forward_engine(role: RoleSection, stage: Stage, head: Head) -> ForwardEngine:
-        folder = context.model_folder(stage)
-        model = load_model(context, role, folder, head=head, options=role.options())
-        return ForwardEngine(model, micro_batch_rows=role.micro_batch_rows)
-
     degrees = (models.actor.tensor, config.generation_degree(models.actor))
-    actor = load_model(
+    options = models.actor.options()
+    actor, reference = load_models(
         context,
         models.actor,
         sft,
         head=Head.LANGUAGE_MODEL,
-        options=replace(models.actor.options(), vocab_multiple=vocab_multiple_for(*degrees)),
+        options=(replace(options, vocab_multiple=vocab_multiple_for(*degrees)), options),
     )
-    critic = load_model(
-        context, models.reward, reward, head=Head.SCALAR, options=models.reward.options()
+    critic, scorer = load_models(
+        context, models.reward, reward, head=Head.SCALAR, options=(models.reward.options(),) * 2
     )
     tokenizer = context.tokenizer
     with ExitStack() as parts:  # what was built before a part that fails ends with it
@@ -196,8 +193,8 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
                     seed=seed,
                 )
             ),
-            reference=forward_engine(models.actor, Stage.SFT, Head.LANGUAGE_MODEL),
-            reward=forward_engine(models.reward, Stage.REWARD, Head.SCALAR),
+            reference=ForwardEngine(reference, micro_batch_rows=models.actor.micro_batch_rows),
+            reward=ForwardEngine(scorer, micro_batch_rows=models.reward.micro_batch_rows),
             measures=config.memory,
             logprob_backend=models.actor.logprob_backend,
         )

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
@@ -12,7 +13,8 @@ from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
 from megachat.hub import local_folder
 from megachat.ops.backends import prepare
-from megachat.parallel.collectives import all_gather_objects, barrier
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.handover import on_first_rank
 from megachat.parallel.launch import Worker
 from megachat.parallel.peak_memory import PeakMemory
 from megachat.stages.config import RunConfig
@@ -68,7 +70,7 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     _require_inputs(config, done, first=stages[0])
     if worker.rank == 0:
         write_json(config.run.output / "config.json", config.model_dump(mode="json"))
-    context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(worker, config))
+    context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
         if stage in done:
@@ -79,12 +81,14 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
             result = _RUNNERS[stage](context, title, scope)
         peaks = all_gather_objects(memory.read())
         result = replace(result, memory=StageMemory.of_ranks(peaks))
-        if worker.rank == 0:
-            write_result(context.folder(stage), result)
-        barrier()
-    if worker.rank == 0:
-        write_run_report(config, command=command, duration_s=time.monotonic() - started)
-    barrier()
+        on_first_rank(
+            partial(write_result, context.folder(stage), result),
+            task=f"writing the result of stage '{stage}'",
+        )
+    on_first_rank(
+        lambda: write_run_report(config, command=command, duration_s=time.monotonic() - started),
+        task="writing the report",
+    )
     context.close()
 
 
@@ -100,26 +104,18 @@ def describe_run(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
+def prepare_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer in the run folder, trained or copied there by the first rank.
+
+    Training takes minutes on a large corpus, so the others wait outside any collective.
 
     Raises:
         CheckpointError: The tokenizer cannot be found.
         ConfigError: The folder holds one that was made under another configuration.
         DataError: There is nothing to train it on, or it breaks a rule.
     """
-    folder = tokenizer_folder(config)
-    if worker.rank == 0 and not _has_tokenizer(config):
-        section = config.tokenizer
-        if section.train is not None:
-            logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
-            train_sentencepiece(training_texts(config.data), section.train, folder)
-        else:
-            source = section.path or str(local_folder(config.models.actor.model or ""))
-            Tokenizer.load(source).save(folder)
-        write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
-    barrier()
-    return Tokenizer.load(folder)
+    on_first_rank(lambda: _make_tokenizer(config), task="making the tokenizer")
+    return Tokenizer.load(tokenizer_folder(config))
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
@@ -136,6 +132,20 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
         if result is not None and is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done
+
+
+def _make_tokenizer(config: RunConfig) -> None:
+    """Trains or copies the tokenizer, unless the run folder has it."""
+    if _has_tokenizer(config):
+        return
+    section, folder = config.tokenizer, tokenizer_folder(config)
+    if section.train is not None:
+        logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
+        train_sentencepiece(training_texts(config.data), section.train, folder)
+    else:
+        source = section.path or str(local_folder(config.models.actor.model or ""))
+        Tokenizer.load(source).save(folder)
+    write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
 
 
 def _has_tokenizer(config: RunConfig) -> bool:

@@ -10,6 +10,7 @@ from megachat.data.loaders import LoaderOptions, SftLoader, endless
 from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.ops.registry import Backend
+from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import SftBatch
 from megachat.rlhf.objectives import SftObjective
@@ -28,6 +29,7 @@ def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> Stag
     started = time.monotonic()
     config, role = context.config.sft, context.config.models.actor
     data = build_stage_data(context.config.data, stage=Stage.SFT, tokenizer=context.tokenizer)
+    store_barrier("preparing the data")
     loader = SftLoader(
         data.train,
         LoaderOptions(

@@ -1,12 +1,15 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from megachat.checkpoint.names import (
     canonical_name,
-    fuse,
     huggingface_names,
     huggingface_shape,
-    split,
+    place_part,
+    take_part,
 )
 from megachat.model import Head, OptConfig, parameter_specs
 from tests.checkpoint import folders
@@ -29,19 +32,24 @@ def test_names_and_shapes_are_those_of_transformers(
     }
 
 
+def _fuse(parts: Sequence[Tensor], head_dim: int) -> Tensor:
+    fused = torch.full((len(parts) * len(parts[0]), *parts[0].shape[1:]), torch.nan)
+    for number, part in enumerate(parts):
+        place_part(fused, part, number=number, parts=len(parts), head_dim=head_dim)
+    return fused
+
+
 def test_fused_rows_go_by_head_and_within_a_head_query_key_value() -> None:
     query, key, value = (torch.arange(4).float() + 10 * part for part in range(3))
-    fused = fuse((query, key, value), head_dim=2)
+    fused = _fuse((query, key, value), head_dim=2)
     assert fused.tolist() == [0, 1, 10, 11, 20, 21, 2, 3, 12, 13, 22, 23]
 
 
-def test_split_inverts_fuse_and_both_work_on_the_heads_of_one_rank() -> None:
+def test_parts_are_taken_out_of_where_they_were_placed() -> None:
     parts = [torch.randn(12, 5) for _ in range(3)]
-    fused = fuse(parts, head_dim=3)
-    for found, part in zip(split(fused, head_dim=3, parts=3), parts, strict=True):
-        assert torch.equal(found, part)
-    half = fuse([part[6:] for part in parts], head_dim=3)
-    assert torch.equal(fused[18:], half)
+    fused = _fuse(parts, head_dim=3)
+    for number, part in enumerate(parts):
+        assert torch.equal(take_part(fused, number=number, parts=3, head_dim=3), part)
 
 
 def test_names_without_the_prefix_are_completed() -> None:

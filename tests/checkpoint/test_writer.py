@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from megachat.checkpoint import is_complete, save_huggingface, writer
+from megachat.checkpoint import draft, is_complete, save_huggingface, writer
 from megachat.checkpoint.names import huggingface_names
+from megachat.checkpoint.safetensors_file import SafetensorsFile
+from megachat.checkpoint.save_plan import plan_files
 from megachat.errors import MegachatError
 from megachat.model import Head, OptConfig, parameter_specs
 from megachat.parallel.layout import ParallelLayout
@@ -34,7 +36,7 @@ LAYOUTS: tuple[dict[str, int], ...] = (
 @given(limit=st.integers(1, 200_000), bytes_each=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_files_hold_every_tensor_once_within_the_limit(limit: int, bytes_each: torch.dtype) -> None:
     specs = parameter_specs(ref.POST_LN, tensor=2, head=Head.SCALAR)
-    files = writer.plan_files(specs, dtype=bytes_each, max_shard_bytes=limit)
+    files = plan_files(specs, dtype=bytes_each, max_shard_bytes=limit)
     assert tuple(spec for file in files for spec in file.specs) == specs
     for file in files:
         sizes = [prod(spec.unpadded_shape) * bytes_each.itemsize for spec in file.specs]
@@ -175,14 +177,14 @@ def _error_of_saving(folder: Path, degrees: dict[str, int], **options: Any) -> t
 
 
 def _save_on_a_disk_that_fills_up(folder: Path) -> list[tuple[str, str]]:
-    original = writer.save_file
+    original = SafetensorsFile.finish
 
-    def full_disk(tensors: dict[str, Tensor], path: Path, **rest: Any) -> None:
-        if "00003" in path.name:
+    def full_disk(file: SafetensorsFile) -> None:
+        if "00003" in str(file._path):
             raise OSError(28, "No space left on device")
-        original(tensors, path, **rest)
+        original(file)
 
-    writer.save_file = full_disk
+    SafetensorsFile.finish = full_disk  # type: ignore[method-assign]
     return [_error_of_saving(folder, degrees) for degrees in LAYOUTS]
 
 
@@ -199,7 +201,7 @@ def test_a_disk_that_fills_up_while_writing_ends_every_rank_and_leaves_nothing(
 
 
 def _save_on_a_small_disk(folder: Path) -> tuple[str, str]:
-    writer.shutil = SimpleNamespace(  # type: ignore[assignment]
+    draft.shutil = SimpleNamespace(  # type: ignore[assignment]
         disk_usage=lambda _: SimpleNamespace(free=1000), rmtree=shutil.rmtree
     )
     return _error_of_saving(folder, {"tensor": 2})
@@ -246,6 +248,6 @@ def test_targets_that_cannot_be_written_are_refused_and_left_alone(tmp_path: Pat
 
 def test_names_in_the_plan_are_those_of_the_index() -> None:
     specs = parameter_specs(ref.PRE_LN, tensor=1, head=Head.LANGUAGE_MODEL)
-    files = writer.plan_files(specs, dtype=torch.float32, max_shard_bytes=9_000)
+    files = plan_files(specs, dtype=torch.float32, max_shard_bytes=9_000)
     names = [name for file in files for spec in file.specs for name in huggingface_names(spec)]
     assert len(names) == len(set(names)) == len(folders.state(ref.PRE_LN))

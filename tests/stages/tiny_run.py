@@ -117,7 +117,7 @@ def context(settings: RunConfig) -> RunContext:
     """What a stage gets, on this rank of the harness's world."""
     prepare_output(settings)
     here = worker()
-    return RunContext(config=settings, worker=here, tokenizer=prepare_tokenizer(here, settings))
+    return RunContext(config=settings, worker=here, tokenizer=prepare_tokenizer(settings))
 
 
 def run(

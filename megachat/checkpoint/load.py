@@ -1,0 +1,142 @@
+"""Loads planned weights into models: readers read, all exchange (`execute_load`).
+
+Between two exchanges the ranks wait in the job's store and in no collective, however slow a disk
+is. Each round ends alike for all ranks of a stage: they go by what its readers have posted.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megachat.checkpoint.exchange import deliver, share_tied
+from megachat.checkpoint.load_plan import Batch, LoadPlan, ParameterRead, Round
+from megachat.checkpoint.names import place_part
+from megachat.checkpoint.reader import one_line, read_tensor
+from megachat.errors import CheckpointError, MegachatError
+from megachat.model.opt import OptModel
+from megachat.parallel.handover import Board
+from megachat.telemetry.transfer import TransferProgress
+
+
+def execute_load(models: Sequence[OptModel], plan: LoadPlan, folder: Path) -> None:
+    """Fills models of one layout from one pass over a folder's files; a collective call.
+
+    Args:
+        models: Their shards on this rank.
+        plan: Of the parameters to load; those that it leaves out keep their values.
+        folder: The files, under this rank's path.
+
+    Raises:
+        CheckpointError: On every rank, if any reader cannot read.
+        LaunchError: A reader took longer than the limit of a handover.
+    """
+    board = Board(f"reading {folder}")
+    with TransferProgress(f"loading {folder}", total=plan.read_bytes) as progress:
+        loader = _Loader(models, plan, folder, board, progress)
+        failure = loader.run()
+        loader.conclude(failure)
+    for model in models:
+        share_tied(model)
+
+
+class _Loader:
+    """One rank's part in a load."""
+
+    def __init__(
+        self,
+        models: Sequence[OptModel],
+        plan: LoadPlan,
+        folder: Path,
+        board: Board,
+        progress: TransferProgress,
+    ) -> None:
+        self._models = models
+        self._plan = plan
+        self._folder = folder
+        self._board = board
+        self._progress = progress
+        self._here = models[0].groups.coordinate
+        self._specs = [{spec.name: spec for spec in model.global_specs()} for model in models]
+        self._staged: dict[str, Tensor] = {}
+        """What this rank has read and not sent on yet, by the parameter's name."""
+
+    def run(self) -> MegachatError | None:
+        """Goes through the rounds of this rank's stage; what ended them early."""
+        for number, round_ in enumerate(self._plan.stages[self._here.pipeline]):
+            own = self._own_batch(round_)
+            if own is not None:
+                self._board.post(self._name(number, own), self._read(own))
+            names = [self._name(number, batch) for batch in round_]
+            failure = self._board.wait(names, meanwhile=self._show)
+            if failure is not None:
+                return failure
+            for batch in round_:
+                self._exchange(batch)
+            self._show()
+        return None
+
+    def conclude(self, failure: MegachatError | None) -> None:
+        """Waits for the other stages; raises the failure of any."""
+        self._staged.clear()
+        is_first = self._here.tensor == self._here.data == 0
+        self._board.conclude(
+            f"stage {self._here.pipeline}" if is_first else None,
+            failure,
+            names=[f"stage {stage}" for stage in range(self._plan.layout.pipeline)],
+            meanwhile=self._show,
+        )
+        self._show()
+
+    def _own_batch(self, round_: Round) -> Batch | None:
+        if self._here.tensor:
+            return None
+        return next((batch for batch in round_ if batch.reader == self._here.data), None)
+
+    def _name(self, number: int, batch: Batch) -> str:
+        return f"stage {self._here.pipeline} round {number} reader {batch.reader}"
+
+    def _read(self, batch: Batch) -> MegachatError | None:
+        """Reads a batch into memory, unless a reader of any stage has failed already."""
+        failure = self._board.failure()
+        if failure is not None:
+            return failure
+        try:
+            for part, read, number in batch.in_file_order():
+                self._stage(read, number, read_tensor(self._folder, part))
+        except MegachatError as error:
+            return error
+        except Exception as error:  # anything: an error that only this rank sees hangs the others
+            failure = CheckpointError(f"{self._folder}: cannot read: {one_line(error)}")
+            failure.__cause__ = error
+            return failure
+        self._board.count_bytes(batch.read_bytes)
+        return None
+
+    def _stage(self, read: ParameterRead, number: int, value: Tensor) -> None:
+        """Keeps a tensor; parts of a fused parameter go to their places in the whole."""
+        if len(read.parts) == 1:
+            self._staged[read.spec.name] = value
+            return
+        whole = self._staged.setdefault(
+            read.spec.name, torch.empty(read.spec.unpadded_shape, dtype=read.dtype)
+        )
+        place_part(
+            whole,
+            value,
+            number=number,
+            parts=len(read.parts),
+            head_dim=self._models[0].config.head_dim,
+        )
+
+    def _exchange(self, batch: Batch) -> None:
+        for read in batch.reads:
+            whole = self._staged.pop(read.spec.name, None)
+            for model, specs in zip(self._models, self._specs, strict=True):
+                deliver(model, specs[read.spec.name], whole, source=batch.reader)
+
+    def _show(self) -> None:
+        """Only where someone sees it: the others need not ask the store."""
+        if self._progress.is_shown:
+            self._progress.show(self._board.count_bytes())

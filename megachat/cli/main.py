@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megachat.cli.build_kernels import build_kernels
 from megachat.cli.plan import plan
 from megachat.cli.presets import DeploymentType
 from megachat.errors import MegachatError
@@ -173,6 +174,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 app.command()(_errors_in_one_line()(plan))
+app.command()(_errors_in_one_line()(build_kernels))
 
 if __name__ == "__main__":
     main()

@@ -65,7 +65,7 @@ class _Outcome(Generic[T]):
 class _Mark:
     """A file that rank 0 left for the others to find."""
 
-    path: Path
+    name: str
     text: str
     host: str
 
@@ -144,7 +144,7 @@ def check_output(worker: Worker, config: RunConfig) -> None:
         raise_together(_problem_with_output(config, mark))
     finally:
         if worker.rank == 0:
-            mark.path.unlink(missing_ok=True)
+            (config.run.output / mark.name).unlink(missing_ok=True)
 
 
 def check_inputs(worker: Worker, inputs: Sequence[Input]) -> None:
@@ -166,12 +166,12 @@ def _leave_mark(config: RunConfig) -> _Mark:
     """Makes the folder and puts a file into it that nobody can have seen before."""
     prepare_output(config)
     mark = _Mark(
-        path=config.run.output / f".seen-by-all.{uuid.uuid4().hex}",
+        name=f".seen-by-all.{uuid.uuid4().hex}",
         text=uuid.uuid4().hex,
         host=socket.gethostname(),
     )
     try:
-        mark.path.write_text(mark.text, encoding="utf-8")
+        (config.run.output / mark.name).write_text(mark.text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"run.output {config.run.output}: cannot write there ({error.strerror}): choose "
@@ -182,7 +182,7 @@ def _leave_mark(config: RunConfig) -> _Mark:
 
 def _problem_with_output(config: RunConfig, mark: _Mark) -> Problem | None:
     """What is wrong in this rank's eyes with the folders that it is to write."""
-    if not _sees(mark):
+    if not _sees(config.run.output, mark):
         return Problem(
             what=f"run.output {config.run.output}: not the folder that rank 0 ({mark.host}) writes",
             remedy="choose one on a file system that all nodes share",
@@ -196,14 +196,14 @@ def _problem_with_output(config: RunConfig, mark: _Mark) -> Problem | None:
     return None
 
 
-def _sees(mark: _Mark) -> bool:
-    """Whether this rank finds the mark."""
+def _sees(folder: Path, mark: _Mark) -> bool:
+    """Whether this rank finds the mark in what it takes for the folder."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE_SECONDS)
         try:
-            next(mark.path.parent.iterdir(), None)  # makes a network client look at the folder anew
-            if mark.path.read_text(encoding="utf-8") == mark.text:
+            next(folder.iterdir(), None)  # makes a network client look at the folder anew
+            if (folder / mark.name).read_text(encoding="utf-8") == mark.text:
                 return True
         except OSError:
             continue

@@ -48,6 +48,7 @@ def use(hub: FakeHub, cache: Path, patch: pytest.MonkeyPatch) -> None:
         hub.url + "/{repo_id}/resolve/{revision}/{filename}",
     )
     patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "datasets")
     patch.setattr(urllib.request, "getproxies", dict)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megachat.cli.build_kernels import build_kernels
+from megachat.cli.fetch import fetch
 from megachat.cli.plan import plan
 from megachat.cli.presets import DeploymentType
 from megachat.errors import MegachatError
@@ -148,17 +150,23 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
-    from megachat.stages.run import describe_run, run_stages
+    from megachat.stages.inputs import check_published, fetch_missing, inputs_of
+    from megachat.stages.run import completed_stages, describe_run, run_stages
     from megachat.telemetry.log import set_up_logging
 
     if dry_run:
         typer.echo(describe_run(config))
         return
+    done = completed_stages(config)
+    inputs = inputs_of(config, [stage for stage in stages if stage not in done])
+    check_published(inputs)
     warning = check_memory(config, stages)
+    set_up_logging()
+    if fetch_missing(inputs):  # before the ranks join: nobody waits for a download in a collective
+        warning = check_memory(config, stages)
     if warning is not None:
         typer.echo(warning, err=True)
     prepare_output(config)
-    set_up_logging()
     launch(config.launch, run_stages, config, stages, shlex.join(["megachat", *sys.argv[1:]]))
 
 
@@ -173,6 +181,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 app.command()(_errors_in_one_line()(plan))
+app.command()(_errors_in_one_line()(build_kernels))
+app.command()(_errors_in_one_line()(fetch))
 
 if __name__ == "__main__":
     main()

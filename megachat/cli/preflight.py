@@ -14,7 +14,7 @@ import torch
 from megachat.cli.plan import architecture
 from megachat.data.config import Stage
 from megachat.errors import CapacityError
-from megachat.hub import folder_on_disk
+from megachat.hub import Content, folder_on_disk
 from megachat.model.config import OPT_MODELS, Head, OptConfig, vocab_multiple_for
 from megachat.parallel.launch import MemoryCheck, select_device
 from megachat.planner.hardware import GB, ClusterConfig
@@ -204,7 +204,7 @@ def _vocab_size(config: RunConfig) -> int | None:
     section = config.tokenizer
     if section.train is not None:
         return section.train.vocab_size
-    folder = folder_on_disk(section.path or config.models.actor.model or "")
+    folder = folder_on_disk(section.path or config.models.actor.model or "", Content.TOKENIZER)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

@@ -5,23 +5,24 @@ place and renamed, so it is either complete or absent; a file lock makes one pro
 the other ranks wait. Entries are never changed, only added.
 """
 
+import glob
 import hashlib
 import json
-import logging
-import os
 import shutil
+import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from megachat.errors import DataError
+from megachat.locks import Purpose, held
 
-_LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 22
+_WITHOUT_LOCKS = (
+    "choose a data.cache_dir on another one (a disk of each node will do), or have this one "
+    "mounted with locks"
+)
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -64,13 +65,16 @@ class DataCache:
         entry = self._folder / name
         if entry.is_dir():
             return entry
-        with _hold(filelock.FileLock(self._folder / f"{name}.lock"), waiting_for=entry) as held:
+        purpose = Purpose(work="prepare the data there", remedy=_WITHOUT_LOCKS, error=DataError)
+        with held(self._folder / f"{name}.lock", purpose):
             if entry.is_dir():
                 return entry
-            if held:  # nobody else can be building: what lies there is of a killed process
-                for left_over in self._folder.glob(f"{name}.building-*"):
-                    shutil.rmtree(left_over, ignore_errors=True)
-            self._build(entry, build)
+            # Nobody else on this node can be building: what lies there is of a killed process.
+            # Some shared file systems keep locks within a node, so others' drafts are left alone.
+            drafts = f"{name}.building-{socket.gethostname()}-"
+            for left_over in self._folder.glob(f"{glob.escape(drafts)}*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            self._build(entry, self._folder / f"{drafts}{uuid.uuid4().hex}", build)
         return entry
 
     def file_digest(self, path: Path) -> str:
@@ -103,42 +107,19 @@ class DataCache:
         """A hash of several files' names and contents, in order."""
         return content_key({"files": [(path.name, self.file_digest(path)) for path in paths]})
 
-    def _build(self, entry: Path, build: Callable[[Path], None]) -> None:
+    def _build(self, entry: Path, building: Path, build: Callable[[Path], None]) -> None:
         """Builds beside the entry and renames."""
-        building = self._folder / f"{entry.name}.building-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         building.mkdir()
         try:
             build(building)
             building.rename(entry)
         except OSError as error:
-            if not entry.is_dir():  # where the file system has no locks another one can be first
+            if not entry.is_dir():  # where locks hold on one node only, another can be first
                 raise DataError(
                     f"data.cache_dir {self._folder}: cannot be written: {error.strerror or error}"
                 ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def _hold(lock: filelock.BaseFileLock, *, waiting_for: Path) -> Iterator[bool]:
-    """Holds a lock, waiting if need be; gives False where the file system has no locks.
-
-    Without locks several ranks do the same work, and the first rename wins.
-    """
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _LOG.info("waiting for another process that prepares %s", waiting_for)
-            lock.acquire()
-    except NotImplementedError:
-        _LOG.warning("%s: no file locks here, so every rank prepares the data", waiting_for.parent)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _hash_file(path: Path) -> str:

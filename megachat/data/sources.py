@@ -1,5 +1,6 @@
 """The one place that opens a data set: hub name, saved folder, files, or installed demo data."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ VALIDATION = "validation"
 _VALIDATION_NAMES = ("validation", "valid", "eval", "dev", "test")
 """Names of held-out rows in public data sets, the first that exists is used."""
 
+_COMMIT = re.compile("[0-9a-f]{40}")
+
 Records = Callable[[], Iterator[RawRecord]]
 """Starts a new pass over raw records."""
 
@@ -41,11 +44,45 @@ class OpenSource:
     """Hash of the content."""
 
 
-def open_source(config: SourceConfig, *, cache: DataCache) -> OpenSource:
-    """Finds a data set without reading it.
+def find_source(config: SourceConfig) -> Path | None:
+    """File or folder of a data set; None for one of the hub that is not in the local cache.
+
+    Asks no network.
 
     Raises:
-        DataError: It does not exist, cannot be opened, or has no training rows.
+        DataError: A path does not exist, or a package is not installed.
+    """
+    if config.path is not None:
+        if not config.path.exists():
+            raise DataError(f"data set {config.name}: {config.path}: no such file or folder")
+        return config.path
+    if config.name in _INSTALLED:
+        return chitchat.data_files()[0]
+    try:
+        return Path(_cached(config).cache_dir)
+    except DataError:
+        return None
+
+
+def fetch_source(config: SourceConfig) -> Path:
+    """File or folder of a data set, downloaded into the library's cache if it is not here.
+
+    Raises:
+        DataError: As `find_source`, or the hub cannot be reached or does not give it.
+    """
+    found = find_source(config)
+    if found is not None:
+        return found
+    if hub_is_reachable():
+        _download(config)
+    return Path(_cached(config).cache_dir)  # or what is wrong
+
+
+def open_source(config: SourceConfig, *, cache: DataCache) -> OpenSource:
+    """Finds a data set without reading it; asks no network.
+
+    Raises:
+        DataError: It does not exist here, cannot be opened, or has no training rows.
     """
     if config.path is not None:
         return _open_path(config.path, cache=cache)
@@ -154,13 +191,32 @@ def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
 
 
 def _open_hub(config: SourceConfig, *, cache: DataCache) -> OpenSource:
-    name = FORMATS[config.name].hub_name or config.name
-    load = _download if hub_is_reachable() else _load_cached
-    return _from_datasets(load(config, name=name), name=name, cache=cache)
+    builder = _cached(config)
+    try:
+        loaded = builder.as_dataset()
+    except Exception as error:  # the library raises many types for a damaged folder
+        raise DataError(
+            f"{builder.cache_dir}: cannot be loaded ({first_line(error)}): delete the folder and "
+            "run megachat fetch"
+        ) from error
+    return _from_datasets(loaded, name=_hub_name(config), cache=cache)
 
 
-def _load_cached(config: SourceConfig, *, name: str) -> Any:
-    """What an earlier download of the data set left on this machine."""
+def _hub_name(config: SourceConfig) -> str:
+    return FORMATS[config.name].hub_name or config.name
+
+
+def _cached(config: SourceConfig) -> Any:
+    """The library's builder of what an earlier download of the data set left on this machine.
+
+    Raises:
+        DataError: There is no such copy, or only of another commit than the one asked for.
+    """
+    name = _hub_name(config)
+    advice = (
+        "run megachat fetch where there is a network and the same cache, or give a local copy by "
+        "path"
+    )
     try:
         builder = Cache(
             dataset_name=name.rpartition("/")[2],
@@ -169,17 +225,24 @@ def _load_cached(config: SourceConfig, *, name: str) -> Any:
             version="auto",
             hash="auto",
         )
-        return builder.as_dataset()
     except (ValueError, OSError) as error:
         raise DataError(
-            f"data set {name}: the hub cannot be reached from here and no copy is cached: give a "
-            "local copy by path"
+            f"data set {name}: no copy is cached here ({first_line(error)}): {advice}"
         ) from error
+    # A folder is named after the commit it was made from; what a branch stood for is not kept.
+    if config.revision is not None and _COMMIT.fullmatch(config.revision):
+        if builder.hash != config.revision:
+            raise DataError(
+                f"data set {name}: the cached copy is of commit {builder.hash}, but revision is "
+                f"{config.revision}: {advice}"
+            )
+    return builder
 
 
-def _download(config: SourceConfig, *, name: str) -> Any:
+def _download(config: SourceConfig) -> None:
+    name = _hub_name(config)
     try:
-        return datasets.load_dataset(name, name=config.subset, revision=config.revision)
+        datasets.load_dataset(name, name=config.subset, revision=config.revision)
     except Exception as error:  # anything between the network and the library
         reason = first_line(error)
         hint = (

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megachat.data.config import SentencePieceConfig
 from megachat.data.messages import first_line
 from megachat.errors import CheckpointError, ConfigError, DataError
-from megachat.hub import hub_is_reachable
+from megachat.hub import Content, local_folder
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 """Name of the sentencepiece model that is kept beside a tokenizer trained here."""
@@ -88,26 +88,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder_or_name: str | Path) -> Self:
-        """Loads a tokenizer folder or a hub name, looking on this machine first.
+        """Loads a tokenizer folder, or a hub name from the hub's cache; asks no network.
 
         Args:
             folder_or_name: A folder that `transformers.AutoTokenizer` loads, or a hub name such as
-                `facebook/opt-125m`, which is taken from the local cache when it is there.
+                `facebook/opt-125m`.
 
         Raises:
-            CheckpointError: There is no such folder, or the name is neither cached nor reachable.
+            CheckpointError: There is no such folder, and the name is not cached.
             DataError: The tokenizer breaks a rule of this module.
         """
-        name = str(folder_or_name)
-        if Path(name).is_dir():
-            return cls(_load_folder(Path(name)), origin=name)
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise CheckpointError(f"tokenizer {name}: no such folder")
-        try:
-            library = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError):
-            library = _download(name)
-        return cls(library, origin=name)
+        folder = local_folder(str(folder_or_name), Content.TOKENIZER)
+        return cls(_load_folder(folder), origin=str(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -207,21 +199,6 @@ def _load_folder(folder: Path) -> Any:
         raise CheckpointError(
             f"tokenizer {folder}: cannot be loaded ({first_line(error)}): it must hold "
             "tokenizer.json or the vocabulary files, and tokenizer_config.json"
-        ) from error
-
-
-def _download(name: str) -> Any:
-    if not hub_is_reachable():
-        raise CheckpointError(
-            f"tokenizer {name}: no such folder, not in the local cache, and the hub cannot be "
-            "reached from here: give a folder that holds tokenizer.json"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"tokenizer {name}: no such folder, not in the local cache, and not given by the hub "
-            f"({first_line(error)}): give a folder that holds tokenizer.json"
         ) from error
 
 

@@ -151,7 +151,7 @@ def launchers(device: torch.device) -> Launchers:
             *(*_SEEN_ON, major, minor),
         )
     return Launchers(
-        load_library(Recipe.for_gpu(architecture)),
+        load_library(Recipe.for_gpus(architecture)),
         stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
         multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
     )

@@ -1,6 +1,6 @@
 """The one place for what all stages of a run share: worker, folders, tokenizer, process groups."""
 
-import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,10 +130,27 @@ def prepare_output(config: RunConfig) -> None:
     try:
         for stage in Stage:
             stage_folder(config, stage).mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable.{os.getpid()}"
-        probe.touch()
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """Makes sure that this process can write into the run folder.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    # Ranks in containers may share their process ids, and the folder.
+    probe = output / f".writable.{uuid.uuid4().hex}"
+    try:
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise ConfigError(
-            f"run.output {output}: cannot write there ({error.strerror}): choose another folder"
-        ) from error
+        raise _unwritable(output, error) from error
+
+
+def _unwritable(output: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.output {output}: cannot write there ({error.strerror}): choose another folder"
+    )

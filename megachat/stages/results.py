@@ -1,8 +1,10 @@
 """The one place for what a stage leaves behind: its result file, by which a run can skip it."""
 
+import contextlib
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,11 +106,13 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ConfigError: The folder cannot be written.
     """
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
     try:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot write: {error.strerror}") from error
 
 

@@ -11,7 +11,6 @@ from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
-from megachat.hub import local_folder
 from megachat.ops.backends import prepare
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.handover import on_first_rank
@@ -22,12 +21,12 @@ from megachat.stages.context import (
     STAGE_TITLES,
     TOKENIZER_RECORD,
     RunContext,
-    prepare_output,
     stage_fingerprint,
     stage_folder,
     tokenizer_fingerprint,
     tokenizer_folder,
 )
+from megachat.stages.inputs import describe_inputs, inputs_of
 from megachat.stages.results import (
     MODEL_FOLDER,
     StageMemory,
@@ -41,6 +40,12 @@ from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
 from megachat.stages.scope import StageScope, stage_scope
 from megachat.stages.sft import run_sft
+from megachat.stages.shared import (
+    Problem,
+    check_inputs,
+    check_output,
+    raise_together,
+)
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
@@ -63,13 +68,11 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         command: The command line, for the report.
     """
     started = time.monotonic()
-    prepare_output(config)
+    check_output(worker, config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
     prepare(config.models.actor.logprob_backend, worker.device)
-    done = completed_stages(config)
-    _require_inputs(config, done, first=stages[0])
-    if worker.rank == 0:
-        write_json(config.run.output / "config.json", config.model_dump(mode="json"))
+    done = on_first_rank(lambda: _open_run(config, stages), task="looking at what is complete")
+    check_inputs(inputs_of(config, [stage for stage in stages if stage not in done]))
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
@@ -101,6 +104,7 @@ def describe_run(config: RunConfig) -> str:
     for stage in Stage:
         state = "complete" if stage in done else "to run"
         lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
+    lines += describe_inputs(inputs_of(config, [stage for stage in Stage if stage not in done]))
     return "\n".join(lines)
 
 
@@ -110,12 +114,42 @@ def prepare_tokenizer(config: RunConfig) -> Tokenizer:
     Training takes minutes on a large corpus, so the others wait outside any collective.
 
     Raises:
-        CheckpointError: The tokenizer cannot be found.
+        CheckpointError: The tokenizer cannot be found, or a rank reads another one than the first.
         ConfigError: The folder holds one that was made under another configuration.
         DataError: There is nothing to train it on, or it breaks a rule.
     """
-    on_first_rank(lambda: _make_tokenizer(config), task="making the tokenizer")
-    return Tokenizer.load(tokenizer_folder(config))
+    folder = tokenizer_folder(config)
+    expected = on_first_rank(lambda: _make_tokenizer(config), task="making the tokenizer")
+    tokenizer = Tokenizer.load(folder)
+    problem = Problem(
+        what=f"{folder}: read as another tokenizer than on rank 0",
+        remedy="the file system shows its nodes different files: start again",
+        error=CheckpointError,
+    )
+    raise_together(None if tokenizer.fingerprint == expected else problem)
+    return tokenizer
+
+
+def _make_tokenizer(config: RunConfig) -> str:
+    """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
+    folder = tokenizer_folder(config)
+    if not _has_tokenizer(config):
+        section = config.tokenizer
+        if section.train is not None:
+            logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
+            train_sentencepiece(training_texts(config.data), section.train, folder)
+        else:
+            Tokenizer.load(section.path or config.models.actor.model or "").save(folder)
+        write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
+    return Tokenizer.load(folder).fingerprint
+
+
+def _open_run(config: RunConfig, stages: Sequence[Stage]) -> dict[Stage, StageResult]:
+    """What is complete, if the stages can start from it; leaves the configuration in the folder."""
+    done = completed_stages(config)
+    _require_inputs(config, done, first=stages[0])
+    write_json(config.run.output / "config.json", config.model_dump(mode="json"))
+    return done
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
@@ -132,20 +166,6 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
         if result is not None and is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done
-
-
-def _make_tokenizer(config: RunConfig) -> None:
-    """Trains or copies the tokenizer, unless the run folder has it."""
-    if _has_tokenizer(config):
-        return
-    section, folder = config.tokenizer, tokenizer_folder(config)
-    if section.train is not None:
-        logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
-        train_sentencepiece(training_texts(config.data), section.train, folder)
-    else:
-        source = section.path or str(local_folder(config.models.actor.model or ""))
-        Tokenizer.load(source).save(folder)
-    write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
 
 
 def _has_tokenizer(config: RunConfig) -> bool:

@@ -6,14 +6,15 @@ import pytest
 
 from tests.conventions.source import SourceFile, assert_none, imports_of, project_files, snippet
 
-FOUNDATION = frozenset({"errors", "config", "records", "telemetry", "hub"})
+FOUNDATION = frozenset({"errors", "config", "records", "telemetry", "hub", "locks"})
 
 DIRECT: Mapping[str, frozenset[str]] = {
     "": frozenset(),
     "errors": frozenset(),
     "config": frozenset({"errors"}),
     "records": frozenset({"errors"}),
-    "hub": frozenset({"errors"}),
+    "hub": frozenset({"errors", "locks"}),
+    "locks": frozenset({"errors"}),
     "telemetry": frozenset({"errors", "config"}),
     "parallel": FOUNDATION,
     # Operators over a sharded vocabulary reduce over the tensor group, and collectives have one

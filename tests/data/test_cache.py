@@ -1,9 +1,13 @@
+import errno
+import fcntl
 import multiprocessing
+import os
+import shutil
+import socket
 import threading
 import time
 from pathlib import Path
 
-import filelock
 import pytest
 
 from megachat.data.cache import DataCache, content_key
@@ -60,11 +64,15 @@ def test_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None
 
 
 def test_left_over_of_a_killed_build_is_swept_and_never_used(tmp_path: Path) -> None:
-    left_over = tmp_path / f"a-{content_key({})}.building-1-x"
-    left_over.mkdir()
-    (left_over / "half").write_text("")
+    """Another node's draft may be in work: some shared file systems lock within a node only."""
+    draft = f"a-{content_key({})}.building"
+    left_over = tmp_path / f"{draft}-{socket.gethostname()}-{'0' * 32}"
+    elsewhere = tmp_path / f"{draft}-another.node-{'0' * 32}"
+    for folder in (left_over, elsewhere):
+        folder.mkdir()
+        (folder / "half").write_text("")
     entry = DataCache(tmp_path).get_or_build("a", {}, write_number)
-    assert not left_over.exists()
+    assert not left_over.exists() and elsewhere.is_dir()
     assert [path.name for path in entry.iterdir()] == ["number"]
 
 
@@ -81,7 +89,7 @@ def test_only_one_of_several_processes_builds(tmp_path: Path) -> None:
 
 
 def test_build_that_loses_a_race_without_locks_uses_the_winner(tmp_path: Path) -> None:
-    """On a file system without locks two ranks build; the second rename finds the entry."""
+    """Where locks hold within a node only, two ranks build; the second rename finds the entry."""
     cache = DataCache(tmp_path)
     other_done = threading.Event()
 
@@ -97,20 +105,34 @@ def test_build_that_loses_a_race_without_locks_uses_the_winner(tmp_path: Path) -
     assert (entry / "number").read_text() == "first"
 
 
-def test_file_system_without_locks_still_gives_whole_entries(
+def test_file_system_without_locks_is_one_line_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what another rank is building at the same time is left alone."""
+    """64 ranks that each prepare all the data are no way on; what is there is used."""
+    kept = DataCache(tmp_path).get_or_build("b", {}, write_number)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise NotImplementedError("no flock here")
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
-    other = tmp_path / f"a-{content_key({})}.building-1-x"
-    other.mkdir()
-    entry = DataCache(tmp_path).get_or_build("a", {}, write_number)
-    assert (entry / "number").read_text() == "7"
-    assert other.is_dir()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        DataError, match=r"no file locks \(No locks av.*choose a data.cache_dir"
+    ) as e:
+        DataCache(tmp_path).get_or_build("a", {}, write_number)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    assert DataCache(tmp_path).get_or_build("b", {}, write_number) == kept
+
+
+def test_names_of_drafts_differ_though_containers_share_process_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    drafts = []
+    for key in ({"x": 1}, {"x": 1}):
+        DataCache(tmp_path).get_or_build("a", key, drafts.append)
+        shutil.rmtree(next(tmp_path.glob(f"a-{content_key(key)}")))
+    assert len(set(drafts)) == 2
+    assert not any("-7-" in draft.name or draft.name.endswith("-7") for draft in drafts)
 
 
 def test_file_digest_follows_the_content(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import pytest
 from megachat.data import sources as module
 from megachat.data.cache import DataCache
 from megachat.data.config import SourceConfig
-from megachat.data.sources import open_source
+from megachat.data.sources import fetch_source, find_source, open_source
 from megachat.errors import DataError
 from tests.data.samples import pairs, write_jsonl
 from tests.data.test_formats import INSTALLED, RECORDS
+from tests.harness import fake_hub
+from tests.harness.fake_hub import COMMIT
 
 
 def opened(tmp_path: Path, name: str = "mine", **options: Any) -> dict[str, list[Any]]:
@@ -98,55 +101,91 @@ def test_saved_data_set_without_training_rows_is_refused(tmp_path: Path) -> None
         opened(tmp_path, path=tmp_path / "saved")
 
 
-def test_hub_name_is_taken_from_the_cache_without_a_network(
+def rows_file(count: int) -> bytes:
+    """A Parquet file of pairs."""
+    written = io.BytesIO()
+    datasets.Dataset.from_list(pairs(count)).to_parquet(written)
+    return written.getvalue()
+
+
+def test_a_data_set_that_was_fetched_is_read_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache an earlier download leaves, written here by the library itself."""
-    write_jsonl(tmp_path / "rm-static" / "train.jsonl", pairs(5))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
-    with pytest.raises(DataError, match="no copy is cached"):
-        opened(tmp_path, "Dahoas/rm-static")
-    built = datasets.load_dataset(
-        "json",
-        data_files={"train": str(tmp_path / "rm-static" / "train.jsonl")},
-        cache_dir=str(tmp_path / "built"),
-    )
-    source = Path(built["train"].cache_files[0]["filename"]).parent
-    target = tmp_path / "hub" / "Dahoas___rm-static" / "default" / "0.0.0" / "abc"
-    target.mkdir(parents=True)
-    (target / "rm-static-train.arrow").write_bytes((source / "json-train.arrow").read_bytes())
-    info = json.loads((source / "dataset_info.json").read_text())
-    info |= {"builder_name": "json", "dataset_name": "rm-static", "config_name": "default"}
-    (target / "dataset_info.json").write_text(json.dumps(info))
-    assert opened(tmp_path, "Dahoas/rm-static") == {"train": pairs(5)}
+    """From what the library itself left when it loaded from a hub on loopback."""
+    source = SourceConfig(name="Dahoas/rm-static")
+    with fake_hub.serve() as hub:
+        fake_hub.use(hub, tmp_path, monkeypatch)
+        hub.repositories["datasets/Dahoas/rm-static"] = {
+            "README.md": b"rows",
+            "data/train-00000-of-00001.parquet": rows_file(5),
+            "data/test-00000-of-00001.parquet": rows_file(2),
+        }
+        assert find_source(source) is None
+        with pytest.raises(DataError, match="no copy is cached here.*megachat fetch") as caught:
+            opened(tmp_path, source.name)
+        assert hub.requests == [] and "\n" not in str(caught.value)
+        folder = fetch_source(source)
+        asked = len(hub.requests)
+        assert fetch_source(source) == folder and len(hub.requests) == asked
+    assert find_source(source) == folder
+    assert opened(tmp_path, source.name) == {"train": pairs(5), "validation": pairs(2)}
+    pinned = source.model_copy(update={"revision": "f" * 40})
+    with pytest.raises(DataError, match=f"cached copy is of commit {COMMIT}, but revision is fff"):
+        open_source(pinned, cache=DataCache(tmp_path / "rows"))
+    same = source.model_copy(update={"revision": COMMIT})
+    assert find_source(same) == folder
 
 
 def test_hub_name_is_downloaded_with_its_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    saved = str(tmp_path / "saved")
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(pairs(2))}).save_to_disk(saved)
 
-    def load(path: str, **options: Any) -> Any:
+    def load(path: str, **options: Any) -> None:
         calls.append((path, options))
-        return datasets.load_from_disk(saved)
 
     monkeypatch.setattr(module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    splits = opened(tmp_path, "mkqa-Japanese", subset="mkqa", revision="refs/convert/parquet")
-    assert splits == {"train": pairs(2)}
+    source = SourceConfig(name="mkqa-Japanese", subset="mkqa", revision="refs/convert/parquet")
+    with pytest.raises(DataError, match="no copy is cached here"):
+        fetch_source(source)
     assert calls == [("apple/mkqa", {"name": "mkqa", "revision": "refs/convert/parquet"})]
+
+
+def test_a_fetched_data_set_that_was_damaged_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SourceConfig(name="Dahoas/rm-static")
+    with fake_hub.serve() as hub:
+        fake_hub.use(hub, tmp_path, monkeypatch)
+        hub.repositories["datasets/Dahoas/rm-static"] = {"data/train.parquet": rows_file(3)}
+        folder = fetch_source(source)
+    for path in folder.glob("*.arrow"):
+        path.unlink()
+    with pytest.raises(DataError, match="delete the folder and run megachat fetch") as caught:
+        opened(tmp_path, source.name)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_places_on_this_machine_need_no_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "hub_is_reachable", lambda: pytest.fail("asked for a network"))
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
+    assert fetch_source(SourceConfig(name="mine", path=path)) == path
+    assert fetch_source(SourceConfig(name="chitchat")).name == "dataset.json"
+    with pytest.raises(DataError, match="data set mine: .*none: no such file or folder"):
+        fetch_source(SourceConfig(name="mine", path=tmp_path / "none"))
 
 
 def test_data_set_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would have no content to key the cache with, and a size that only memory bounds."""
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: True)
+    datasets.Dataset.from_list(pairs(2)).save_to_disk(tmp_path / "saved")
     rows = datasets.DatasetDict({"train": datasets.Dataset.from_list(pairs(2))})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr(datasets, "load_from_disk", lambda *_, **__: rows)
     with pytest.raises(DataError, match="is held in memory"):
-        opened(tmp_path, "Dahoas/rm-static")
+        opened(tmp_path, path=tmp_path / "saved")
 
 
 def test_data_set_with_a_script_is_refused_with_the_way_out(
@@ -156,7 +195,8 @@ def test_data_set_with_a_script_is_refused_with_the_way_out(
         raise RuntimeError("Dataset scripts are no longer supported, but found mkqa.py\nmore")
 
     monkeypatch.setattr(module, "hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match='set revision = "refs/convert/parquet"') as caught:
-        opened(tmp_path, "mkqa-Japanese")
+        fetch_source(SourceConfig(name="mkqa-Japanese"))
     assert "\n" not in str(caught.value)

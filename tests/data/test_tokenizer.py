@@ -13,8 +13,9 @@ from megachat.data import tokenizer as module
 from megachat.data.config import SentencePieceConfig
 from megachat.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from megachat.errors import CheckpointError, ConfigError, DataError
+from megachat.hub import Content, fetch
 from tests.data.samples import corpus, sentence, train_tiny
-from tests.harness import run_ranks
+from tests.harness import fake_hub, run_ranks
 
 OPT_FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "opt_tokenizer"
 
@@ -168,13 +169,25 @@ def test_missing_folder_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
-    with pytest.raises(
-        CheckpointError, match="not in the local cache, and the hub cannot"
-    ) as caught:
-        Tokenizer.load("nobody/no-such-model")
-    assert "\n" not in str(caught.value)
+def test_a_name_that_is_not_cached_is_one_line_and_asks_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_hub.serve() as hub:
+        fake_hub.use(hub, tmp_path, monkeypatch)
+        with pytest.raises(CheckpointError, match="not in the local cache.*megachat fetch") as e:
+            Tokenizer.load("nobody/no-such-model")
+        assert hub.requests == [] and "\n" not in str(e.value)
+
+
+def test_a_name_in_the_hubs_cache_is_loaded_from_there(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "saved")
+    with fake_hub.serve() as hub:
+        fake_hub.use(hub, tmp_path / "cache", monkeypatch)
+        hub.repositories["models/nobody/tiny"] = fake_hub.files_of(tmp_path / "saved")
+        fetch("nobody/tiny", Content.TOKENIZER)
+    assert Tokenizer.load("nobody/tiny").fingerprint == tokenizer.fingerprint
 
 
 def test_damaged_folder_is_one_line(tmp_path: Path) -> None:

@@ -1,19 +1,26 @@
 """The kernels are built once, whoever asks first, and whoever cannot build is told what to do."""
 
 import ctypes
+import errno
+import fcntl
+import json
 import logging
 import multiprocessing
+import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
 import pytest
 
+from megachat import locks
 from megachat.errors import KernelError
 from megachat.ops import build as module
-from megachat.ops.build import NVCC, Recipe, build, load_library
+from megachat.ops import targets
+from megachat.ops.build import NVCC, Recipe, build, build_ahead, find, load_library
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here")
@@ -77,7 +84,7 @@ def test_who_comes_second_waits_for_the_lock_and_finds_the_library(
                 waiting.set()
 
     listener = Listener()
-    logger = logging.getLogger(module.__name__)
+    logger = logging.getLogger(locks.__name__)
     logger.addHandler(listener)
     second = threading.Thread(target=build, args=(recipe,))
     with caplog.at_level(logging.INFO), filelock.FileLock(library.with_suffix(".lock")):
@@ -111,7 +118,7 @@ def test_another_source_header_flag_or_cpu_is_another_library(
     (recipe.sources / "answer.cpp").write_text(f"{SOURCE}// changed\n", encoding="utf-8")
     found.append(build(recipe))
     found.append(build(Recipe(sources=recipe.sources, cache=recipe.cache, flags=("-DNDEBUG",))))
-    monkeypatch.setattr(module, "_cpu_features", lambda: "of another CPU")
+    monkeypatch.setattr(targets, "cpu_features", lambda: "of another CPU")
     found.append(build(recipe))
     assert len(set(found)) == 5
 
@@ -139,7 +146,7 @@ def test_nvcc_builds_launchers_that_check_their_arguments_without_a_gpu(tmp_path
         sources=sources,
         headers=headers,
         cache=tmp_path / "cache",
-        flags=("-arch=sm_80",),
+        targets=("sm_80",),
     )
     library = build(recipe)
     launcher = load_library(recipe).megachat_bias_relu
@@ -147,7 +154,7 @@ def test_nvcc_builds_launchers_that_check_their_arguments_without_a_gpu(tmp_path
     assert launcher(*nothing) == 0
     assert launcher(*odd) == 1
     (headers / "reduce.h").write_text("// changed\n", encoding="utf-8")
-    assert module._digest(recipe, "nvcc") not in library.name
+    assert find(recipe) is None and library.is_file()
 
 
 def test_without_nvcc_the_message_says_where_to_get_it(
@@ -155,7 +162,7 @@ def test_without_nvcc_the_message_says_where_to_get_it(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(KernelError, match="CUDA kernels need nvcc, and none is on the PATH: inst"):
-        build(Recipe.for_gpu("sm_90a"))
+        build(Recipe.for_gpus("sm_90a", cache=tmp_path / "cache"))
 
 
 def test_without_sources_the_message_says_where_they_were_expected(tmp_path: Path) -> None:
@@ -186,3 +193,63 @@ def test_a_damaged_library_is_named(recipe: Recipe) -> None:
     library.write_bytes(b"not a library")
     with pytest.raises(KernelError, match=re.escape(f"{library}: cannot be loaded")):
         load_library(recipe)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("target", [targets.NATIVE, "x86-64-v2"])
+def test_a_library_in_the_cache_is_loaded_where_there_is_no_compiler(
+    recipe: Recipe, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made for this very CPU, or for an instruction set that it has."""
+    if target != targets.NATIVE and targets.machine() != "x86_64":
+        pytest.skip("levels of the instruction set are those of x86-64")
+    made = build_ahead(replace(recipe, targets=(target,)))
+    assert made.seconds is not None and made.num_bytes == made.path.stat().st_size
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build(recipe) == made.path
+    assert _answer(recipe) == 42
+    assert build_ahead(replace(recipe, targets=(target,))).seconds is None
+    record = json.loads(made.path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert record["targets"] == [target] and "g++" in record["compiler"]
+    assert f"-march={target}" in record["flags"]
+
+
+@NEEDS_COMPILER
+def test_a_library_for_another_cpu_is_never_taken(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_ahead(recipe)
+    build_ahead(replace(recipe, targets=("x86-64-v2",)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(targets, "cpu_features", lambda: "flags : fpu sse2")
+    with pytest.raises(KernelError, match=r"need g\+\+.*megachat build-kernels --isa x86-64-v3"):
+        build(recipe)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_lock_that_the_file_system_does_not_have_is_one_line(
+    recipe: Recipe, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what can be done about it works: building ahead takes no lock."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(KernelError) as caught:
+        build(recipe)
+    message = str(caught.value)
+    assert str(recipe.cache) in message and os.strerror(number) in message
+    assert "the file system has no file locks" in message and "\n" not in message
+    assert "megachat build-kernels" in message
+    made = build_ahead(recipe)
+    assert build(recipe) == made.path
+
+
+@NEEDS_COMPILER
+def test_a_failed_build_ahead_leaves_nothing(recipe: Recipe) -> None:
+    (recipe.sources / "answer.h").write_text("", encoding="utf-8")
+    with pytest.raises(KernelError, match="ANSWER"):
+        build_ahead(recipe)
+    assert not list(recipe.cache.iterdir())

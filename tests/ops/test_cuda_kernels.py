@@ -457,7 +457,7 @@ def test_the_kernels_are_built_for_the_device_and_a_warning_names_one_that_has_n
     monkeypatch.setattr(cuda_kernels, "load_library", load)
     with FakeTensorMode():
         OF_A_DEVICE.__wrapped__(torch.device("cuda", 0))
-    assert [recipe.flags for recipe in recipes] == [(f"-arch={architecture}",)]
+    assert [recipe.targets for recipe in recipes] == [(architecture,)]
     assert list(recipes[0].sources.glob("*.cu")) and recipes[0].toolchain.compiler == "nvcc"
     warned = f"compute capability 9.0, this one has {'.'.join(map(str, capability))}"
     assert (warned in caplog.text) is (capability != (9, 0))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megachat.data.config import Stage
-from megachat.errors import CheckpointError, ConfigError, MegachatError
+from megachat.errors import CheckpointError, MegachatError
 from megachat.stages.config import RunConfig
 from megachat.stages.context import stage_folder, tokenizer_folder
 from megachat.stages.results import RESULT_FILE
-from megachat.stages.run import completed_stages, describe_run, run_stages
+from megachat.stages.run import completed_stages, describe_run
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 
@@ -172,9 +172,10 @@ def test_a_tokenizer_of_another_configuration_is_refused(
 
 def test_an_unwritable_output_is_refused(finished_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    config = tiny_run.config(finished_folder, [f"run.output={tmp_path / 'taken'}"])
-    with pytest.raises(ConfigError, match="cannot write there"):
-        run_stages(None, config, list(Stage), "command")
+    overrides = [f"run.output={tmp_path / 'taken'}"]
+    for refusal in run_ranks(2, _run_anyhow, finished_folder, overrides, list(Stage)):
+        assert refusal is not None and refusal[0] == "ConfigError"
+        assert "cannot write there" in refusal[1]
 
 
 def test_a_dry_run_shows_configuration_layouts_and_what_is_done(

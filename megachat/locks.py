@@ -1,0 +1,96 @@
+"""Holds a file lock between processes; says who is waited for, and where there are no locks.
+
+A lock is the kernel's own (`flock`), which ends with the process that holds it. A lock that is a
+mere file would outlive a killed process, and the process id in it means nothing to another
+container; so nothing falls back to that.
+"""
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from megachat.errors import MegachatError
+
+_LOG = logging.getLogger(__name__)
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What `flock` answers on a file system that has no locks, or a server that grants none."""
+
+LONG_SECONDS = 60.0
+"""After so long a wait it is worth knowing how to find the holder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purpose:
+    """What a lock is for, as messages tell it."""
+
+    work: str
+    """What one process does while the others wait, e.g. `build the CPU kernels`."""
+    remedy: str
+    """How to do without locks on that file system."""
+    error: type[MegachatError]
+    """Raised where the lock cannot be had."""
+
+
+@contextmanager
+def held(path: Path, purpose: Purpose) -> Iterator[None]:
+    """Holds the lock of a file for the length of the body, waiting for other processes if need be.
+
+    Args:
+        path: The lock file; it is made if missing and stays.
+        purpose: For the messages.
+
+    Raises:
+        MegachatError: Of the purpose's kind: the file system has no locks, or the file cannot be
+            made.
+    """
+    lock = filelock.FileLock(path, fallback_to_soft=False)
+    try:
+        _acquire(lock, path, purpose)
+    except (OSError, NotImplementedError) as error:
+        raise purpose.error(_refusal(path, purpose, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: filelock.BaseFileLock, path: Path, purpose: Purpose) -> None:
+    """Takes the lock; each kind of waiting is told once."""
+    try:
+        lock.acquire(blocking=False)
+        return
+    except filelock.Timeout:
+        _LOG.info("waiting for another process to %s (it holds %s)", purpose.work, path)
+    try:
+        lock.acquire(timeout=LONG_SECONDS)
+        return
+    except filelock.Timeout:
+        _LOG.warning(
+            "%s has waited %.0f s for another process to %s: if none does, see who holds it: "
+            "fuser -v %s",
+            socket.gethostname(),
+            LONG_SECONDS,
+            purpose.work,
+            path,
+        )
+    lock.acquire()
+
+
+def _refusal(path: Path, purpose: Purpose, error: OSError | NotImplementedError) -> str:
+    """Why a lock cannot be had, and what to do."""
+    if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
+        number = errno.ENOSYS if isinstance(error, NotImplementedError) else error.errno
+        reason = f"the file system has no file locks ({os.strerror(number or errno.ENOLCK)})"
+        return f"{path}: cannot be locked to {purpose.work}: {reason}: {purpose.remedy}"
+    return (
+        f"{path}: cannot be locked to {purpose.work} ({error.strerror or error}): make the folder "
+        "writable, or choose another"
+    )

@@ -1,0 +1,187 @@
+"""Lists the models and data sets that a run reads, and fetches them before its ranks join.
+
+A rank reads what is on its node. So whoever starts ranks on a node fetches first, under a lock that
+lets one process do it while the others wait outside of any collective.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megachat.data.config import SourceConfig, Stage
+from megachat.data.sources import fetch_source, find_source
+from megachat.errors import CheckpointError, DataError, MegachatError
+from megachat.hub import (
+    Content,
+    chosen_files,
+    fetch,
+    fetching,
+    folder_on_disk,
+    why_unpublished,
+)
+from megachat.stages.config import FROM_SFT, RunConfig
+
+logger = logging.getLogger(__name__)
+
+_NOTES = "dataset_info.json"
+"""Left beside the rows by the library of data sets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where an input lies on this machine."""
+
+    path: Path
+    files: tuple[Path, ...]
+    """What of it is of use, in order of the names."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInput:
+    """A model or tokenizer."""
+
+    name: str
+    """A folder or hub name."""
+    content: Content = Content.MODEL
+
+    def __str__(self) -> str:
+        """As messages call it."""
+        return f"{self.content} {self.name}"
+
+    @property
+    def error(self) -> type[MegachatError]:
+        """What is raised where it cannot be had."""
+        return CheckpointError
+
+    def find(self) -> Place | None:
+        """Where it lies; None where it is not here. Asks no network."""
+        folder = folder_on_disk(self.name, self.content)
+        return None if folder is None else self._place(folder)
+
+    def fetch(self) -> Place:
+        """Where it lies, downloaded if it was not here.
+
+        Raises:
+            CheckpointError: It cannot be had.
+        """
+        return self._place(fetch(self.name, self.content))
+
+    def _place(self, folder: Path) -> Place:
+        names = chosen_files([path.name for path in folder.iterdir()], self.content)
+        return Place(path=folder, files=tuple(folder / name for name in sorted(names)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataInput:
+    """A data set."""
+
+    source: SourceConfig
+
+    def __str__(self) -> str:
+        """As messages call it."""
+        return f"data set {self.source.name}"
+
+    @property
+    def error(self) -> type[MegachatError]:
+        """What is raised where it cannot be had."""
+        return DataError
+
+    def find(self) -> Place | None:
+        """Where it lies; None where it is not here. Asks no network.
+
+        Raises:
+            DataError: A path does not exist, or a package is not installed.
+        """
+        path = find_source(self.source)
+        return None if path is None else self._place(path)
+
+    def fetch(self) -> Place:
+        """Where it lies, downloaded if it was not here.
+
+        Raises:
+            DataError: It cannot be had.
+        """
+        return self._place(fetch_source(self.source))
+
+    @staticmethod
+    def _place(path: Path) -> Place:
+        """The files, without the library's notes, in which machines may differ."""
+        below = sorted(each for each in path.rglob("*") if each.is_file())
+        files = [each for each in below if each.name != _NOTES]
+        return Place(path=path, files=tuple(files) if path.is_dir() else (path,))
+
+
+Input = ModelInput | DataInput
+
+
+def inputs_of(config: RunConfig, stages: Iterable[Stage]) -> tuple[Input, ...]:
+    """What some stages of a run read besides the outputs of other stages, each once."""
+    wanted = set(stages)
+    actor, reward = config.models.actor.model, config.models.reward.model
+    found: list[Input] = []
+    if Stage.SFT in wanted and actor is not None:
+        found.append(ModelInput(name=actor))
+    if Stage.REWARD in wanted and reward is not None and reward != FROM_SFT:
+        found.append(ModelInput(name=reward))
+    tokenizer = config.tokenizer.path or actor
+    if wanted and config.tokenizer.train is None and tokenizer is not None:
+        found.append(ModelInput(name=tokenizer, content=Content.TOKENIZER))
+    if wanted:
+        found += [DataInput(source=source) for source in config.data.sources]
+    return tuple(dict.fromkeys(found))
+
+
+def check_published(inputs: Sequence[Input]) -> None:
+    """Refuses models that nobody can download.
+
+    Raises:
+        CheckpointError: One is on no hub; says where its weights come from.
+    """
+    for each in inputs:
+        if isinstance(each, ModelInput) and (reason := why_unpublished(each.name)) is not None:
+            raise CheckpointError(f"{each}: {reason}")
+
+
+def fetch_missing(inputs: Sequence[Input]) -> bool:
+    """Fetches what is not on this node; returns whether anything was.
+
+    Every process that starts ranks calls this, before they join.
+
+    Raises:
+        CheckpointError: A model cannot be had, or the hub's cache has no locks.
+        DataError: A data set cannot be had.
+    """
+    check_published(inputs)
+    missing = [each for each in inputs if each.find() is None]
+    if not missing:
+        return False
+    with fetching():
+        for each in missing:
+            if each.find() is None:  # who held the lock before may have fetched it
+                logger.info("fetching %s", each)
+                place = each.fetch()
+                logger.info("fetched %s: %.1f MB, %s", each, place.num_bytes / 1e6, place.path)
+    return True
+
+
+def describe_inputs(inputs: Sequence[Input]) -> list[str]:
+    """A line for each input: where it lies, or what becomes of it."""
+    lines = []
+    for each in inputs:
+        unpublished = why_unpublished(each.name) if isinstance(each, ModelInput) else None
+        try:
+            place = each.find()
+        except DataError as error:
+            lines.append(f"input {error}")
+            continue
+        if place is not None:
+            lines.append(f"input {each}: {place.path}")
+        else:
+            lines.append(f"input {each}: {unpublished or 'not here, fetched before the start'}")
+    return lines

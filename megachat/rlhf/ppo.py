@@ -39,6 +39,7 @@ from megachat.rlhf.scoring import FinalScores, ResponseLogprobs, ResponseValues
 from megachat.telemetry.timers import PhaseTimers
 from megachat.training.engine import ForwardEngine, LossReport
 from megachat.training.loss import LossTerms, ModelOutput
+from megachat.training.zero1 import StepReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,13 +227,9 @@ class PPOTrainer:
         metrics = {
             "ppo/policy_loss": policy.loss,
             "ppo/value_loss": value.loss,
-            "ppo/actor_gradient_norm": actor_step.gradient_norm,
-            "ppo/critic_gradient_norm": critic_step.gradient_norm,
-            "ppo/actor_learning_rate": actor_step.learning_rate,
-            "ppo/critic_learning_rate": critic_step.learning_rate,
-            "ppo/actor_skipped_steps": actor.skipped_steps,
-            "ppo/critic_skipped_steps": critic.skipped_steps,
         }
+        metrics |= _update_metrics("actor", actor_step, skipped=actor.skipped_steps)
+        metrics |= _update_metrics("critic", critic_step, skipped=critic.skipped_steps)
         metrics |= {f"ppo/{name}": number for name, number in policy.metrics.items()}
         metrics |= {f"ppo/{name}": number for name, number in value.metrics.items()}
         metrics |= gap
@@ -418,6 +415,15 @@ class StandardizedValueObjective:
         rows = output.rows
         values = (output.values - batch.score_mean[rows]) / batch.score_std[rows]
         return self._standardized(replace(output, values=values), batch, row_weights)
+
+
+def _update_metrics(role: str, step: StepReport, *, skipped: int) -> dict[str, float]:
+    """What the optimizer of one role did, and how many of its steps have been skipped so far."""
+    return {
+        f"ppo/{role}_gradient_norm": step.gradient_norm,
+        f"ppo/{role}_learning_rate": step.learning_rate,
+        f"ppo/{role}_skipped_steps": skipped,
+    }
 
 
 def _gap_metrics(*, mean: float, largest: float) -> dict[str, float]:

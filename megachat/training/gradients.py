@@ -8,9 +8,10 @@ the same order whatever gradient came first on each of them.
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,9 +93,9 @@ class GradientReducer:
         self._step: _Step | None = None
         if group.size() > 1:
             # Hooks live as long as their parameter, which must not keep the buffers alive.
-            arrived = weakref.WeakMethod(self._note_arrival)
+            hook = partial(_call, weakref.WeakMethod(self._note_arrival))
             for parameter in self._buffer_of:
-                parameter.register_post_accumulate_grad_hook(partial(_call, arrived))  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def begin(self, flats: Sequence[Tensor], *, passes: int) -> None:
         """Prepares for the gradients of one step.
@@ -165,9 +166,7 @@ def own_gradients(
     return found
 
 
-def _call(
-    method: "weakref.WeakMethod[Callable[[nn.Parameter], None]]", parameter: nn.Parameter
-) -> None:
+def _call(method: "weakref.WeakMethod[Any]", parameter: nn.Parameter) -> None:
     """Calls a method of an object that may be gone."""
     alive = method()
     if alive is not None:

@@ -45,11 +45,6 @@ class ParameterRead:
             return self.parts[0].num_bytes
         return self.spec.num_elements * self.dtype.itemsize
 
-    @property
-    def passing_bytes(self) -> int:
-        """Bytes beside those while it is read: a part, before it is in its place."""
-        return max(part.num_bytes for part in self.parts) if len(self.parts) > 1 else 0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
@@ -65,9 +60,9 @@ class Batch:
         return sum(read.read_bytes for read in self.reads)
 
     @property
-    def staged_bytes(self) -> int:
-        """Bytes in the reader's memory when it has read everything but the end of the last part."""
-        return staged_bytes(self.reads)
+    def kept_bytes(self) -> int:
+        """Bytes in the reader's memory when it has read them."""
+        return _kept_bytes(self.reads)
 
     def in_file_order(self) -> list[tuple[StoredTensor, ParameterRead, int]]:
         """(tensor, its parameter, which part of that it is), as they lie on the disk."""
@@ -106,8 +101,10 @@ def plan_load(
 ) -> LoadPlan:
     """Spreads the reading of parameters over the ranks of a layout.
 
-    A batch is no larger than the largest parameter of the model, so neither is what a reader holds
-    of what it has read; sending takes as much again.
+    A batch is no larger than the largest parameter of the model. Beside it a reader holds, while it
+    reads, one part of a fused parameter, and while it sends, a copy of one parameter: never more
+    than two of the largest. Parameters whose parts lie between each other, as those of attention do
+    in a file that is sorted by name, are in one batch if they fit, so that nobody reads backwards.
 
     Args:
         specs: The parameters to load, the tied embedding once.
@@ -119,7 +116,7 @@ def plan_load(
         ParameterRead(spec=spec, parts=tuple(stored[name] for name in huggingface_names(spec)))
         for spec in specs
     ]
-    limit = max((staged_bytes([read]) for read in reads), default=0)
+    limit = max((read.kept_bytes for read in reads), default=0)
     stages: list[list[ParameterRead]] = [[] for _ in range(layout.pipeline)]
     for read in sorted(reads, key=_first_byte):
         stages[stage_of(read.spec, config, pipeline=layout.pipeline)].append(read)
@@ -129,13 +126,6 @@ def plan_load(
             tuple(_rounds(stage, num_readers=layout.data, limit=limit)) for stage in stages
         ),
     )
-
-
-def staged_bytes(reads: Iterable[ParameterRead]) -> int:
-    """Memory that reading some parameters together takes."""
-    reads = list(reads)
-    passing = max((read.passing_bytes for read in reads), default=0)
-    return sum(read.kept_bytes for read in reads) + passing
 
 
 def piece_of(spec: TensorSpec, rank: int, *, tensor: int) -> tuple[slice, ...]:
@@ -150,12 +140,13 @@ def piece_of(spec: TensorSpec, rank: int, *, tensor: int) -> tuple[slice, ...]:
 
 def _rounds(reads: Sequence[ParameterRead], *, num_readers: int, limit: int) -> Iterator[Round]:
     """A stage's parameters, in file order, over its readers."""
-    shares: list[list[ParameterRead]] = [[] for _ in range(num_readers)]
+    shares: list[list[Sequence[ParameterRead]]] = [[] for _ in range(num_readers)]
     total, before = sum(read.read_bytes for read in reads), 0
-    for read in reads:
-        middle = before + read.read_bytes / 2
-        shares[min(int(middle * num_readers / max(total, 1)), num_readers - 1)].append(read)
-        before += read.read_bytes
+    for unit in _units(reads, limit=limit):
+        size = sum(read.read_bytes for read in unit)
+        middle = before + size / 2
+        shares[min(int(middle * num_readers / max(total, 1)), num_readers - 1)].append(unit)
+        before += size
     by_reader = [
         [Batch(reader=reader, reads=group) for group in _group(share, limit=limit)]
         for reader, share in enumerate(shares)
@@ -164,14 +155,36 @@ def _rounds(reads: Sequence[ParameterRead], *, num_readers: int, limit: int) -> 
         yield tuple(batch for batch in batches if batch is not None)
 
 
-def _group(reads: Sequence[ParameterRead], *, limit: int) -> list[tuple[ParameterRead, ...]]:
-    """Consecutive parameters that fit into `limit` bytes together."""
-    groups: list[list[ParameterRead]] = []
+def _units(reads: Sequence[ParameterRead], *, limit: int) -> Iterator[Sequence[ParameterRead]]:
+    """Parameters, by their first byte, with those whose bytes lie between theirs, if these fit."""
+    units: list[list[ParameterRead]] = []
+    last = ("", -1)
     for read in reads:
-        if not groups or staged_bytes([*groups[-1], read]) > limit:
+        if not units or _first_byte(read) > last:
+            units.append([])
+        units[-1].append(read)
+        last = max(last, *((part.file, part.offset) for part in read.parts))
+    for unit in units:
+        if _kept_bytes(unit) <= limit:
+            yield unit
+        else:
+            yield from ([read] for read in unit)
+
+
+def _group(
+    units: Iterable[Sequence[ParameterRead]], *, limit: int
+) -> list[tuple[ParameterRead, ...]]:
+    """Consecutive units that fit into `limit` bytes together."""
+    groups: list[list[ParameterRead]] = []
+    for unit in units:
+        if not groups or _kept_bytes([*groups[-1], *unit]) > limit:
             groups.append([])
-        groups[-1].append(read)
+        groups[-1] += unit
     return [tuple(group) for group in groups]
+
+
+def _kept_bytes(reads: Iterable[ParameterRead]) -> int:
+    return sum(read.kept_bytes for read in reads)
 
 
 def _first_byte(read: ParameterRead) -> tuple[str, int]:

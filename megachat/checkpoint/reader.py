@@ -79,7 +79,7 @@ def read_tensor(folder: Path, stored: StoredTensor) -> Tensor:
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(stored.offset)
-            read = read_into(cast(BinaryIO, file), memoryview(raw.numpy()))
+            read = read_into(cast(BinaryIO, file), raw.numpy().data)
     except OSError as error:
         raise CheckpointError(f"{path}: {stored.name}: {one_line(error)}") from error
     if read < stored.num_bytes:

@@ -61,7 +61,8 @@ class Board:
         """
         world = dist.group.WORLD
         assert world is not None, "the process has joined a world"
-        self._store = dist.PrefixStore(f"megachat/{next(_boards)}", world.get_group_store())
+        self._store = world.get_group_store()
+        self._prefix = f"megachat/{next(_boards)}/"
         self._rank = dist.get_rank()
         self._task = task
         self._limit = limit
@@ -74,7 +75,7 @@ class Board:
 
     def failure(self) -> MegachatError | None:
         """A failure that any rank has posted so far; ranks may see it at different times."""
-        return self._take(_FAILED) if self._store.check([_FAILED]) else None
+        return self._take(_FAILED) if self._has(_FAILED) else None
 
     def wait(
         self, names: Sequence[str], *, meanwhile: Callable[[], None] | None = None
@@ -91,7 +92,7 @@ class Board:
         Raises:
             LaunchError: Something was not posted within the limit.
         """
-        self._poll(lambda: self._store.check(list(names)), meanwhile)
+        self._poll(lambda: self._has(*names), meanwhile)
         failures = (self._take(name) for name in names)
         return next((failure for failure in failures if failure is not None), None)
 
@@ -131,7 +132,7 @@ class Board:
         Raises:
             LaunchError: It was not told within the limit.
         """
-        self._poll(lambda: self._store.check([name]), None)
+        self._poll(lambda: self._has(name), None)
         return self._take(name)
 
     def meet(self, name: str) -> None:
@@ -140,20 +141,24 @@ class Board:
         Raises:
             LaunchError: Some rank did not within the limit.
         """
-        if self._store.add(f"{name}/arrived", 1) == dist.get_world_size():
+        if self._store.add(f"{self._prefix}{name}/arrived", 1) == dist.get_world_size():
             self._put(name, None)
         self.hear(name)
 
     def count_bytes(self, amount: int = 0) -> int:
         """Adds to the bytes that all ranks have moved so far, and returns the sum."""
-        return self._store.add(_BYTES, amount)
+        return self._store.add(self._prefix + _BYTES, amount)
+
+    def _has(self, *names: str) -> bool:
+        return self._store.check([self._prefix + name for name in names])
 
     def _put(self, name: str, value: object) -> None:
-        self._store.set(name, pickle.dumps(value))
+        content = pickle.dumps(value)
+        self._store.set(self._prefix + name, content)  # type: ignore[arg-type]  # takes bytes too
 
     def _take(self, name: str) -> Any:
         """What a rank of this job has put there."""
-        return pickle.loads(self._store.get(name))
+        return pickle.loads(self._store.get(self._prefix + name))
 
     def _poll(self, ready: Callable[[], bool], meanwhile: Callable[[], None] | None) -> None:
         # Not `Store.wait`: it would hold the client, which NCCL's own threads use too.

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from megachat.errors import CheckpointError
-from megachat.locks import Purpose, held
+from megachat.locks import Purpose, held, why_no_locks
 
 _CONFIG = "config.json"
 _WEIGHTS = (
@@ -40,6 +40,10 @@ _UNPUBLISHED: Mapping[str, str] = {
     "convert those to a HuggingFace folder and give that folder as the model"
 }
 """Models that have a name but no files."""
+
+
+_OTHER_CACHE = "set HF_HOME to a folder on another one, e.g. on a disk of each node"
+"""What to do where the cache's file system has no locks; the hub's client takes some, too."""
 
 
 class Content(StrEnum):
@@ -83,8 +87,7 @@ def fetching() -> Iterator[None]:
     """
     purpose = Purpose(
         work="fetch models and data from the hub",
-        remedy="fetch them beforehand with megachat fetch, which needs none, or set HF_HOME to a "
-        "folder elsewhere",
+        remedy=_OTHER_CACHE,
         error=CheckpointError,
     )
     try:
@@ -245,6 +248,9 @@ def _download(name: str, content: Content) -> Path:
         # No revision: the client notes which commit the name stands for, by which it is found.
         folder = Path(snapshot_download(name, allow_patterns=[*map(glob.escape, wanted)]))
     except Exception as error:  # anything between the network and the library
+        no_locks = why_no_locks(error)
+        if no_locks is not None:
+            raise CheckpointError(f"{hub_cache()}: {no_locks}: {_OTHER_CACHE}") from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{content} {name}: not given by the hub ({reason}): check the name, or give a "

@@ -62,6 +62,20 @@ def held(path: Path, purpose: Purpose) -> Iterator[None]:
         lock.release()
 
 
+def why_no_locks(error: BaseException) -> str | None:
+    """Says that a file system has no locks, where an error means that; None where it does not.
+
+    For the locks of libraries, which take them on their own.
+    """
+    if isinstance(error, NotImplementedError):
+        number: int | None = errno.ENOSYS
+    else:
+        number = error.errno if isinstance(error, OSError) else None
+    if number is None or number not in _NO_LOCKS:
+        return None
+    return f"the file system has no file locks ({os.strerror(number)})"
+
+
 def _acquire(lock: filelock.BaseFileLock, path: Path, purpose: Purpose) -> None:
     """Takes the lock; each kind of waiting is told once."""
     try:
@@ -86,11 +100,10 @@ def _acquire(lock: filelock.BaseFileLock, path: Path, purpose: Purpose) -> None:
 
 def _refusal(path: Path, purpose: Purpose, error: OSError | NotImplementedError) -> str:
     """Why a lock cannot be had, and what to do."""
-    if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
-        number = errno.ENOSYS if isinstance(error, NotImplementedError) else error.errno
-        reason = f"the file system has no file locks ({os.strerror(number or errno.ENOLCK)})"
+    reason = why_no_locks(error)
+    if reason is not None:
         return f"{path}: cannot be locked to {purpose.work}: {reason}: {purpose.remedy}"
     return (
-        f"{path}: cannot be locked to {purpose.work} ({error.strerror or error}): make the folder "
+        f"{path}: cannot be locked to {purpose.work} ({error}): make the folder "
         "writable, or choose another"
     )

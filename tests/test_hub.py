@@ -1,5 +1,7 @@
 """Models on this disk, in the hub's cache and on a hub: the client's own code on a loopback hub."""
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -212,6 +214,22 @@ def test_a_model_that_the_hub_does_not_have_is_one_line(served: FakeHub) -> None
     with pytest.raises(CheckpointError, match=f"model {NAME}: not given by the hub") as caught:
         fetch(NAME)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_without_file_locks_is_one_line(
+    served: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever takes the lock: this program before it fetches, or the hub's client at each file."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    served.repositories[f"models/{NAME}"] = SMALL | SAFE
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for take in (lambda: fetch(NAME), lambda: hub.fetching().__enter__()):
+        with pytest.raises(CheckpointError, match="no file locks.*set HF_HOME") as caught:
+            take()
+        assert str(hub.hub_cache()) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_repository_without_weights_is_one_line(served: FakeHub) -> None:

@@ -150,7 +150,7 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
-    from megachat.stages.inputs import check_published, fetch_missing, inputs_of
+    from megachat.stages.inputs import fetch_missing, inputs_of
     from megachat.stages.run import completed_stages, describe_run, run_stages
     from megachat.telemetry.log import set_up_logging
 
@@ -159,7 +159,6 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
         return
     done = completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
-    check_published(inputs)
     warning = check_memory(config, stages)
     set_up_logging()
     if fetch_missing(inputs):  # before the ranks join: nobody waits for a download in a collective

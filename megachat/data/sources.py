@@ -19,6 +19,7 @@ from megachat.data.messages import first_line
 from megachat.data.records_io import FILE_SUFFIXES, RawRecord, read_dataset, read_file
 from megachat.errors import DataError
 from megachat.hub import hub_is_reachable
+from megachat.locks import why_no_locks
 
 TRAIN = "train"
 """Name of the rows to train on."""
@@ -226,6 +227,7 @@ def _cached(config: SourceConfig) -> Any:
             hash="auto",
         )
     except (ValueError, OSError) as error:
+        _refuse_without_locks(error)
         raise DataError(
             f"data set {name}: no copy is cached here ({first_line(error)}): {advice}"
         ) from error
@@ -244,6 +246,7 @@ def _download(config: SourceConfig) -> None:
     try:
         datasets.load_dataset(name, name=config.subset, revision=config.revision)
     except Exception as error:  # anything between the network and the library
+        _refuse_without_locks(error)
         reason = first_line(error)
         hint = (
             'set revision = "refs/convert/parquet", which has the rows without the script'
@@ -251,3 +254,17 @@ def _download(config: SourceConfig) -> None:
             else "give a local copy by path"
         )
         raise DataError(f"data set {name}: cannot be loaded: {reason}: {hint}") from error
+
+
+def _refuse_without_locks(error: Exception) -> None:
+    """Tells the library's locks from other errors.
+
+    Raises:
+        DataError: Its cache is on a file system without locks.
+    """
+    no_locks = why_no_locks(error)
+    if no_locks is not None:
+        raise DataError(
+            f"{datasets.config.HF_DATASETS_CACHE}: {no_locks}: set HF_HOME to a folder on another "
+            "one, or give a local copy by path"
+        ) from error

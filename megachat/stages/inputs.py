@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.data.config import SourceConfig, Stage
-from megachat.data.sources import fetch_source, find_source
 from megachat.errors import CheckpointError, DataError, MegachatError
 from megachat.hub import (
     Content,
@@ -98,6 +97,8 @@ class DataInput:
         Raises:
             DataError: A path does not exist, or a package is not installed.
         """
+        from megachat.data.sources import find_source  # a second, which a dry run can do without
+
         path = find_source(self.source)
         return None if path is None else self._place(path)
 
@@ -107,6 +108,8 @@ class DataInput:
         Raises:
             DataError: It cannot be had.
         """
+        from megachat.data.sources import fetch_source
+
         return self._place(fetch_source(self.source))
 
     @staticmethod
@@ -171,17 +174,20 @@ def fetch_missing(inputs: Sequence[Input]) -> bool:
 
 
 def describe_inputs(inputs: Sequence[Input]) -> list[str]:
-    """A line for each input: where it lies, or what becomes of it."""
-    lines = []
-    for each in inputs:
-        unpublished = why_unpublished(each.name) if isinstance(each, ModelInput) else None
-        try:
-            place = each.find()
-        except DataError as error:
-            lines.append(f"input {error}")
-            continue
-        if place is not None:
-            lines.append(f"input {each}: {place.path}")
-        else:
-            lines.append(f"input {each}: {unpublished or 'not here, fetched before the start'}")
-    return lines
+    """A line for each input: where it lies, or what becomes of it.
+
+    It is for a dry run, which does not load the library of data sets to look into its cache.
+    """
+    return [f"input {each}: {_description(each)}" for each in inputs]
+
+
+def _description(each: Input) -> str:
+    if isinstance(each, DataInput):
+        path = each.source.path
+        if path is None:
+            return "fetched before the start, unless it is here"
+        return str(path) if path.exists() else f"{path}: no such file or folder"
+    place = each.find()
+    if place is not None:
+        return str(place.path)
+    return why_unpublished(each.name) or "not here, fetched before the start"

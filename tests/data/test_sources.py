@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,28 @@ def test_a_data_set_that_was_fetched_is_read_without_a_network(
         open_source(pinned, cache=DataCache(tmp_path / "rows"))
     same = source.model_copy(update={"revision": COMMIT})
     assert find_source(same) == folder
+
+
+def test_a_library_cache_without_file_locks_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SourceConfig(name="Dahoas/rm-static")
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with fake_hub.serve() as hub, monkeypatch.context() as patch:
+        fake_hub.use(hub, tmp_path, monkeypatch)
+        hub.repositories["datasets/Dahoas/rm-static"] = {"data/train.parquet": rows_file(3)}
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(DataError, match="no file locks.*set HF_HOME") as caught:
+            fetch_source(source)
+        assert "\n" not in str(caught.value)
+        patch.undo()
+        fetch_source(source)
+        patch.setattr(fcntl, "flock", refuse)
+        with pytest.raises(DataError, match="no file locks.*set HF_HOME"):
+            opened(tmp_path, source.name)
 
 
 def test_hub_name_is_downloaded_with_its_options(

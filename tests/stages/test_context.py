@@ -113,6 +113,24 @@ def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path) -> Non
     assert (tmp_path / "taken").read_text() == "a file"
 
 
+def test_ranks_in_containers_that_share_a_process_id_do_not_meet_in_one_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that did, the second would find nothing to remove and call the folder unwritable."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    config, touch, probes = tiny_run.config(tmp_path), Path.touch, []
+
+    def note(path: Path, *, exist_ok: bool = True) -> None:
+        probes.append(path)
+        if len(probes) == 1:
+            prepare_output(config)  # another rank does the same in between
+        touch(path, exist_ok=exist_ok)
+
+    monkeypatch.setattr(Path, "touch", note)
+    prepare_output(config)
+    assert len(set(probes)) == 2 and not any(probe.exists() for probe in probes)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_run_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o555)

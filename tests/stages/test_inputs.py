@@ -172,4 +172,4 @@ def test_each_input_is_described_by_where_it_lies(
     assert unpublished.startswith("input model facebook/opt-175b: is on no hub")
     assert data == f"input data set mine: {rows}"
     assert absent == f"input data set mine: {tmp_path}/absent: no such file or folder"
-    assert static == "input data set Dahoas/rm-static: not here, fetched before the start"
+    assert static == "input data set Dahoas/rm-static: fetched before the start, unless it is here"

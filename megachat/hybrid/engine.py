@@ -26,6 +26,7 @@ from megachat.model.opt import OptModel
 from megachat.parallel.groups import GenerationGroups
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.parallel.lifetime import Owner
+from megachat.parallel.memory import release_cached_memory
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder, ReshardReport
 from megachat.reshard.plan import plan_for_model
@@ -109,6 +110,7 @@ class HybridEngine(Owner):
             seed=settings.seed,
             storage=self.arena.adopt(model),
         )
+        release_cached_memory(device)  # what the weights took before they moved into the arena
         self._resharder = Resharder(self.arena, groups, synchronize=synchronize)
         self.last_reshard: ReshardReport | None = None
         """The latest gather; None before the first."""

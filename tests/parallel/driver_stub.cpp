@@ -80,6 +80,7 @@ void Remap(uint64_t address, size_t size, int protection) {
 extern "C" {
 long long stub_live_granules() { return static_cast<long long>(handles.size()); }
 long long stub_mapped_granules() { return static_cast<long long>(mappings.size()); }
+long long stub_reservations() { return static_cast<long long>(reservations.size()); }
 void stub_limit(long long granules) { limit = granules; }
 size_t stub_size_of_properties() { return sizeof(CUmemAllocationProp); }
 size_t stub_size_of_access() { return sizeof(CUmemAccessDesc); }
@@ -106,6 +107,15 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdevice
   *address = (reinterpret_cast<uint64_t>(base) + kGranularity - 1) / kGranularity * kGranularity;
   reservations[*address] = size;
   return RESULT(0);
+}
+
+CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
+  auto found = reservations.find(address);
+  if (found == reservations.end() || found->second != size) return RESULT(kInvalidValue);
+  auto mapped = mappings.lower_bound(address);
+  if (mapped != mappings.end() && mapped->first < address + size) return RESULT(kInvalidValue);
+  reservations.erase(found);
+  return RESULT(munmap(reinterpret_cast<void*>(address), size) ? kInvalidValue : 0);
 }
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,

@@ -99,6 +99,7 @@ long long stub_mapped_granules() {
   for (const auto& [_, mapping] : mappings) mapped += mapping.first / kGranularity;
   return mapped;
 }
+long long stub_reservations() { return static_cast<long long>(reservations.size()); }
 void stub_limit(long long granules) { limit = granules; }
 size_t stub_size_of_properties() { return sizeof(CUmemAllocationProp); }
 size_t stub_size_of_access() { return sizeof(CUmemAccessDesc); }
@@ -141,8 +142,7 @@ CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
   for (uint64_t at = address; at < address + size; at += kGranularity)
     if (Mapped(at)) return RESULT(kInvalidValue);
   reservations.erase(found);
-  munmap(reinterpret_cast<void*>(address), size);
-  return RESULT(0);
+  return RESULT(munmap(reinterpret_cast<void*>(address), size) ? kInvalidValue : 0);
 }
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,

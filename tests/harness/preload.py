@@ -20,8 +20,9 @@ import megachat.stages.run  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
-# What a rank would otherwise import while it builds its first model and optimizer.
+# What a rank would otherwise import for its test, its first model and its first optimizer.
 for _module in (
+    "pytest",
     "deepspeed.comm.mori",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "megatron.core.models.backends",

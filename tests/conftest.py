@@ -9,9 +9,26 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.kernels.proven import Recorder  # noqa: E402
+
 # Before DeepSpeed is imported, which asks for it then.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-faults",
+        action="store_true",
+        help="put every fault into the kernels, not one into each, and show all of them to nvcc; "
+        "records in tests/kernels/proven.json that it was done",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One process of a session writes the record, from what it hears of all tests."""
+    if config.getoption("all_faults") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ no GPU. Every source in kernels/cuda is on the page; a launch is described in `k
 """
 
 import functools
-import hashlib
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from typing import Annotated
 import typer
 
 from megachat.errors import KernelError
+from tools.build_cache import digest_of
 from tools.kernel_launches import (
     CACHE,
     KERNELS,
@@ -132,22 +132,19 @@ def compiled(source: str) -> Compiled:
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
     flags = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills")
     path = KERNELS / "cuda" / f"{source}.cu"
-    digest = hashlib.sha256(repr((flags, targets, compiler_version())).encode())
-    for file in (path, *sorted((KERNELS / "include").glob("*.h"))):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    folder = CACHE / digest.hexdigest()[:16]
-    report, ptx = folder / f"{source}.ptxas", folder / f"{source}.ptx"
-    cubins = {name: folder / f"{source}.sm_{name}.cubin" for name in ARCHITECTURES}
-    if not all(file.exists() for file in (report, ptx, *cubins.values())):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+    def make(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
             kept = ("-keep", "-keep-dir", scratch, "--threads", "2")
             text = _run([_nvcc(), *flags, *targets, *kept, "-c", path, "-o", f"{scratch}/out.o"])
-            for name, cubin in cubins.items():
-                next(Path(scratch).glob(f"*_{name}*.cubin")).replace(cubin)
-            next(Path(scratch).glob(f"*compute_{ARCHITECTURES[0]}*.ptx")).replace(ptx)
-            (Path(scratch) / "report").write_text(text)
-            (Path(scratch) / "report").replace(report)
+            for name in ARCHITECTURES:
+                shutil.copy(next(Path(scratch).glob(f"*_{name}*.cubin")), folder / _cubin(name))
+            ptx = next(Path(scratch).glob(f"*compute_{ARCHITECTURES[0]}*.ptx"))
+            shutil.copy(ptx, folder / "entries.ptx")
+        (folder / "ptxas").write_text(text)
+
+    inputs = (path, *sorted((KERNELS / "include").glob("*.h")))
+    folder = CACHE.folder_of(digest_of([*flags, *targets, compiler_version()], inputs), make)
     instances = tuple(
         Instance(
             name=found["name"],
@@ -156,10 +153,15 @@ def compiled(source: str) -> Compiled:
             spilled_bytes=int(found["stores"]) + int(found["loads"]),
             registers=int(found["registers"]),
         )
-        for found in _REPORT.finditer(report.read_text())
+        for found in _REPORT.finditer((folder / "ptxas").read_text())
     )
-    bodies = re.split(r"\.entry (\w+)", ptx.read_text())[1:]
+    bodies = re.split(r"\.entry (\w+)", (folder / "entries.ptx").read_text())[1:]
+    cubins = {name: folder / _cubin(name) for name in ARCHITECTURES}
     return Compiled(instances, dict(zip(bodies[::2], bodies[1::2], strict=True)), cubins)
+
+
+def _cubin(architecture: str) -> str:
+    return f"sm_{architecture}.cubin"
 
 
 @functools.cache
@@ -170,12 +172,13 @@ def instructions(source: str, architecture: str) -> dict[str, Counter[str]]:
         KernelError: There is no disassembler, or it cannot read what nvcc wrote.
     """
     cubin = compiled(source).cubins[architecture]
-    listing = cubin.with_suffix(".sass")
-    if not listing.exists():
-        with tempfile.TemporaryDirectory(dir=listing.parent) as scratch:
-            unfinished = Path(scratch, listing.name)
-            unfinished.write_text(_run([disassembler(), "-c", cubin]))
-            unfinished.replace(listing)
+    reader, name = disassembler(), "instructions.sass"
+    key = digest_of([name, _run([reader, "--version"])], [cubin])
+
+    def make(folder: Path) -> None:
+        (folder / name).write_text(_run([reader, "-c", cubin]))
+
+    listing = CACHE.folder_of(key, make) / name
     bodies = _FUNCTION.split(listing.read_text())[1:]
     return {
         name: Counter(_INSTRUCTION.findall(body))
@@ -230,14 +233,12 @@ def release() -> str:
 def occupancies(asked: Sequence[tuple[Instance, Launch]]) -> list[Occupancy]:
     """How many blocks of each launch fit a multiprocessor."""
     program = Path(__file__).with_name("kernel_occupancy.cpp")
-    digest = hashlib.sha256(program.read_bytes() + compiler_version().encode()).hexdigest()[:16]
-    target = CACHE / digest / "occupancy"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            unfinished = Path(scratch, target.name)
-            _run([_nvcc(), "-x", "c++", program, "-o", unfinished])
-            unfinished.replace(target)
+    name = "occupancy"
+
+    def make(folder: Path) -> None:
+        _run([_nvcc(), "-x", "c++", program, "-o", folder / name])
+
+    target = CACHE.folder_of(digest_of([name, compiler_version()], [program]), make) / name
     lines = [
         f"{instance.architecture} {instance.registers} {launch.threads} {launch.shared_bytes}\n"
         for instance, launch in asked

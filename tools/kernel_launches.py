@@ -7,7 +7,6 @@ that it gets is ever followed.
 
 import ctypes
 import functools
-import hashlib
 import re
 import subprocess
 import tempfile
@@ -19,9 +18,10 @@ from pathlib import Path
 from megachat.errors import KernelError
 from megachat.model.config import OPT_MODELS, VOCAB_MULTIPLE
 from megachat.ops.cuda_kernels import ALL_REDUCE_BYTES
+from tools.build_cache import BuildCache, digest_of
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-CACHE = KERNELS.parent / "build" / "kernels"
+CACHE = BuildCache()
 MULTIPROCESSORS = 108
 """Of the GPU for which splits are chosen, an A100."""
 BLOCK_SIZE = 16
@@ -392,37 +392,46 @@ MEGACHAT_EXPORT const char* recorder_launches() {{ return launches.c_str(); }}
 """
 
 
+_FLAGS = ("-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
 @functools.cache
 def _recording(source: str) -> ctypes.CDLL:
     """A source's launchers, which note what they would launch."""
     path = KERNELS / "cuda" / f"{source}.cu"
-    text = _RECORDER.format(include=KERNELS / "include", source=path)
-    digest = hashlib.sha256(text.encode())
-    for file in (path, *sorted(KERNELS.glob("include/*.h")), *sorted(KERNELS.glob("emulator/*.h"))):
-        digest.update(file.read_bytes())
-    target = CACHE / digest.hexdigest()[:16] / f"{source}-recorder.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:  # others may build it, too
-            unit, unfinished = Path(scratch, "recorder.cpp"), Path(scratch, target.name)
+    inputs = (path, *sorted(KERNELS.glob("include/*.h")), *sorted(KERNELS.glob("emulator/*.h")))
+    name = f"{source}-recorder.so"
+
+    def make(folder: Path) -> None:
+        text = _RECORDER.format(include=KERNELS / "include", source=path)
+        with tempfile.TemporaryDirectory() as scratch:
+            unit = Path(scratch, "recorder.cpp")
             unit.write_text(text, encoding="utf-8")
-            _compile(unit, unfinished, path)
-            unfinished.replace(target)
+            _compile(unit, folder / name, path)
+
+    key = digest_of([_RECORDER, *_FLAGS, _compiled_by()], inputs)
+    target = CACHE.folder_of(key, make) / name
     library = ctypes.CDLL(str(target), mode=ctypes.DEFAULT_MODE)
     library.recorder_launches.restype = ctypes.c_char_p
     return library
 
 
 def _compile(unit: Path, library: Path, source: Path) -> None:
-    flags = ("-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-fvisibility=hidden")
-    try:
-        ran = subprocess.run(
-            ["g++", *flags, str(unit), "-o", str(library)], capture_output=True, text=True
-        )
-    except FileNotFoundError as error:
-        raise KernelError("g++ is not on PATH: it compiles the kernels' launchers") from error
+    ran = _gxx(*_FLAGS, str(unit), "-o", str(library))
     if ran.returncode != 0:
         raise KernelError(f"g++ cannot compile the launchers of {source}: {ran.stderr[:300]}")
+
+
+def _gxx(*arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["g++", *arguments], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise KernelError("g++ is not on PATH: it compiles the kernels' launchers") from error
+
+
+@functools.cache
+def _compiled_by() -> str:
+    return _gxx("--version").stdout
 
 
 def _parsed(text: str) -> Iterator[Launch]:

@@ -127,26 +127,41 @@ def _huggingface_answers(config: OptConfig, oracle: nn.Module, case: Case) -> li
     ]
 
 
-def _greedy_cases() -> dict[str, dict[str, Case]]:
+Greedy = Mapping[tuple[str, str], list[list[int]]]
+"""HuggingFace's answers by configuration and greedy case."""
+
+
+@pytest.fixture(scope="module")
+def greedy_cases() -> tuple[dict[str, dict[str, Case]], Greedy]:
     """Greedy decoding with a stop token that some rows emit early, and with a shortest length."""
-    cases = {}
+    cases, answers = {}, {}
     for name, config in CONFIGS.items():
         oracle = gen.oracle(config)
         first = _huggingface_answers(config, oracle, GREEDY)
         stops = (first[0][2], first[3][0])
         shortest = SamplingConfig(max_new_tokens=8, temperature=0.0, min_new_tokens=4)
-        cases[name] = {
-            "greedy": GREEDY,
+        more = {
             "greedy stop": replace(GREEDY, stop_ids=stops),
             "greedy min 4": replace(GREEDY, stop_ids=stops, sampling=shortest),
         }
-    return cases
+        cases[name] = {"greedy": GREEDY, **more}
+        answers[name, "greedy"] = first
+        for title, case in more.items():
+            answers[name, title] = _huggingface_answers(config, oracle, case)
+    return cases, answers
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, dict[str, Case]]:
+def cases(
+    greedy_cases: tuple[dict[str, dict[str, Case]], Greedy],
+) -> dict[str, dict[str, Case]]:
     """All cases by configuration."""
-    return {name: {**CASES, **extra} for name, extra in _greedy_cases().items()}
+    return {name: {**CASES, **extra} for name, extra in greedy_cases[0].items()}
+
+
+@pytest.fixture(scope="module")
+def greedy(greedy_cases: tuple[dict[str, dict[str, Case]], Greedy]) -> Greedy:
+    return greedy_cases[1]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -170,26 +185,13 @@ def _rows(rollout: Rollout) -> list[list[int]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def greedy(cases: dict[str, dict[str, Case]]) -> dict[tuple[str, str], list[list[int]]]:
-    """HuggingFace's answers by configuration and greedy case."""
-    found = {}
-    for name, config in CONFIGS.items():
-        oracle = gen.oracle(config)
-        for title, case in cases[name].items():
-            if case.sampling.temperature:
-                continue
-            found[name, title] = _huggingface_answers(config, oracle, case)
-    return found
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_equal_huggingface_for_ragged_prompts(
     name: str,
     layout: ParallelLayout,
     answers: Answers,
-    greedy: dict[tuple[str, str], list[list[int]]],
+    greedy: Greedy,
     cases: dict[str, dict[str, Case]],
 ) -> None:
     titles = [title for config, title in greedy if config == name]

@@ -15,6 +15,7 @@ import torch
 from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
 from tests.harness import run_ranks
+from tests.harness.pairwise import pairwise
 from tests.hybrid.tasks import (
     FP32_GAP,
     MOST_REPLICAS,
@@ -53,12 +54,10 @@ TASKS = {Backend.REFERENCE: SMALL, Backend.CPU: SMALL, Backend.CUDA: OF_A_GPU}
 
 
 def _cases(world_size: int) -> list[Case]:
-    return [
-        (number, pair, dtype)
-        for pair in PAIRS[world_size]
-        for number in range(len(SMALL.configs))
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    """Every pair of layouts with both norm orders and both dtypes, half of each with half."""
+    dtypes = (torch.float32, torch.bfloat16)
+    rows = pairwise(PAIRS[world_size], range(len(SMALL.configs)), dtypes)
+    return [(number, pair, dtype) for pair, number, dtype in rows]
 
 
 def _outcomes(world_size: int, backend: Backend) -> list[Outcome]:

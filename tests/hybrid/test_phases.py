@@ -41,10 +41,10 @@ PAIRS: dict[int, tuple[Pair, ...]] = {
 
 
 def _cycles(pair: Pair, dtype: torch.dtype, measures: MemoryMeasures) -> list[Any]:
-    """Three rounds of generation and training: all tokens, losses and final weights."""
+    """Two rounds of generation and training: all tokens, losses and final weights."""
     hybrid = build(POST_LN, *pair, dtype, measures=measures)
     seen: list[Any] = []
-    for step in range(3):
+    for step in range(2):
         with hybrid.generation() as generator:
             seen.append(generator.generate(prompts(), sampling=SAMPLING, seed=step).tokens)
         seen.append(torch.tensor(train_step(hybrid.training, step), dtype=torch.float64))

@@ -5,27 +5,28 @@ the emulator tells that sanitizer about its fibers.
 """
 
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 
 import pytest
 
+from tools.build_cache import BuildCache, digest_of
+
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels"
-CACHE = ROOT / "build" / "kernels"
+EMULATOR = KERNELS / "emulator"
+CACHE = BuildCache()
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra", "-Werror")
 _KERNEL = (*_COMMON, "-Wno-unknown-pragmas")
 """`#pragma unroll` is nvcc's."""
 _ASAN_CALLS = ("--param", "asan-instrumentation-with-call-threshold=0")
 _EMULATOR = (*_COMMON, "-O2")
-_EMULATOR_SOURCES = ("simt.cpp", "block.cpp", "fiber.cpp")
+EMULATOR_SOURCES = ("simt.cpp", "block.cpp", "fiber.cpp")
 
 
 class Variant(Enum):
@@ -56,69 +57,65 @@ class Variant(Enum):
         return (_library(f"lib{self.value}.so"), _library("libstdc++.so"))
 
 
+@functools.cache
 def kernel_library(source: Path, variant: Variant = Variant.PLAIN) -> Path:
     """Builds a `.cu` source with the emulator, unless that has been done.
 
     Args:
         source: A kernel in a copy of the `kernels` folder, whose headers it includes; or a source
-            elsewhere that includes those of `kernels` itself.
+            elsewhere that includes those of `kernels` itself. Nothing of it changes any more.
         variant: Which sanitizer watches it.
 
     Returns:
         The shared library.
     """
-    objects = [_emulator_object(name, variant) for name in _EMULATOR_SOURCES]
     copied = source.parents[1] / "include"
-    # A copy, which has a fault in it, runs a few small cases: building it is most of the time.
+    # A copy, which has a fault in it, and what a sanitizer watches run a few small cases: building
+    # them is most of the time.
     is_fault = copied.exists() and copied.parent != KERNELS
-    flags = (*_KERNEL, "-O0" if is_fault else "-O1", *variant.kernel_flags)
-    names = _precompiled(flags)
+    runs_much = variant is Variant.PLAIN and not is_fault
+    flags = (*_KERNEL, "-O1" if runs_much else "-O0", *variant.kernel_flags)
     headers = sorted((copied if copied.exists() else KERNELS / "include").glob("*.h"))
-    inputs = [source, *headers, *sorted((KERNELS / "emulator").glob("*.h")), *objects]
-    return _build(
-        f"{source.stem}-{variant.value}.so",
-        inputs,
-        (*flags, *names, "-shared", "-x", "c++", str(source), "-x", "none", *map(str, objects)),
-        seen=flags,
-    )
+    emulator = sorted(path for path in EMULATOR.iterdir() if path.suffix in (".h", ".cpp"))
+    name = f"{source.stem}-{variant.value}.so"
+
+    def make(folder: Path) -> None:
+        objects = [str(_emulator_object(object_name, variant)) for object_name in EMULATOR_SOURCES]
+        started = (*flags, *_precompiled(flags), "-shared", "-x", "c++", str(source))
+        _compile((*started, "-x", "none", *objects), folder / name)
+
+    return _built(name, [source, *headers, *emulator], (*flags, *variant.emulator_flags), make)
 
 
 def _precompiled(flags: tuple[str, ...]) -> tuple[str, str]:
     """Flags that start a kernel with CUDA's names, parsed beforehand: half of a build's time."""
-    header = KERNELS / "emulator" / "simt.h"
+    header, name = EMULATOR / "simt.h", "simt.h.gch"
     # Included by an empty file, since `#pragma once` is an error in the file that is compiled.
     arguments = (*flags, "-include", str(header), "-x", "c++-header", os.devnull)
-    built = _build("simt.h.gch", [header], arguments, seen=flags)
+    built = _built(name, [header], flags, lambda folder: _compile(arguments, folder / name))
     return "-include", str(built.with_suffix(""))
 
 
-def _emulator_object(name: str, variant: Variant) -> Path:
-    flags = (*_EMULATOR, *variant.emulator_flags)
-    folder = KERNELS / "emulator"
-    return _build(
-        f"{Path(name).stem}-{variant.value}.o",
-        [folder / name, *sorted(folder.glob("*.h"))],
-        (*flags, "-c", str(folder / name)),
-        seen=flags,
-    )
+def _emulator_object(source: str, variant: Variant) -> Path:
+    flags, name = (*_EMULATOR, *variant.emulator_flags), f"{Path(source).stem}-{variant.value}.o"
+    inputs = [EMULATOR / source, *sorted(EMULATOR.glob("*.h"))]
+    arguments = (*flags, "-c", str(EMULATOR / source))
+    return _built(name, inputs, flags, lambda folder: _compile(arguments, folder / name))
 
 
-def _build(name: str, inputs: Sequence[Path], arguments: Sequence[str], *, seen: object) -> Path:
-    """Runs g++ into the cache, under a name that inputs, flags and its version determine."""
-    digest = hashlib.sha256(repr((seen, _compiler_version())).encode())
-    for path in inputs:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    target = CACHE / digest.hexdigest()[:16] / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{name}.{os.getpid()}.{threading.get_ident()}")
+def _built(
+    name: str, inputs: Sequence[Path], flags: Sequence[str], make: Callable[[Path], None]
+) -> Path:
+    """A file in the cache, under a key of its name, inputs, flags and the compiler's version."""
+    key = digest_of([name, *flags, _compiler_version()], inputs)
+    return CACHE.folder_of(key, make) / name
+
+
+def _compile(arguments: Sequence[str], output: Path) -> None:
     ran = subprocess.run(
-        ["g++", *arguments, "-o", str(unfinished)], capture_output=True, text=True, check=False
+        ["g++", *arguments, "-o", str(output)], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    unfinished.replace(target)
-    return target
 
 
 @functools.cache

@@ -3,6 +3,9 @@
 A fault names the watch that is to catch it. Most run without a sanitizer in the three orders of
 threads, and any of them may notice. Those with another watch pass there, as they do on most days on
 a GPU, or do nothing but spoil memory that is somebody else's.
+
+A run looks for one fault of each kernel, and with `--all-faults` for all of them; the record of
+`proven` says for which sources that was done last.
 """
 
 from collections.abc import Callable
@@ -14,7 +17,7 @@ import pytest
 import torch
 
 from tests.kernels import all_reduce_faults, linear_faults, prefill_faults, sample_faults
-from tests.kernels.build import Variant
+from tests.kernels.build import KERNELS, Variant
 from tests.kernels.cases import Case, append_case, decode_case, layer_norm_case
 from tests.kernels.faults import Fault, first_complaint, sources_with, start_building
 from tests.kernels.logprob_cases import gradient_case, statistics_case
@@ -203,6 +206,40 @@ FAULTS = (
 )
 
 
+ALWAYS = {
+    NORM: "scratch of two sums shared",
+    APPEND: "heads of a slot overlap",
+    DECODE: "statistics one place behind the workspace",
+    LOGPROBS: "barrier before merging warps removed",
+    prefill_faults.PREFILL: "weights read before other lanes have them",
+    sample_faults.SAMPLE: "groups compared before all are weighed",
+    sample_faults.COMBINE: "last rank of equal ones",
+    linear_faults.LINEAR: "rows behind the weight read",
+    linear_faults.RELU: "columns beyond the bias",
+    all_reduce_faults.REDUCE: "threads read before others have waited",
+}
+"""The fault of each kernel that every run looks for: where a kernel has such faults, one that only
+a sanitizer or only some orders of threads show, since those are the checks that can go blind."""
+
+
+def _id(fault: Fault) -> str:
+    return fault.name.replace(" ", "-")
+
+
+ALL_IDS = (
+    *(f"test_the_fault_is_caught[{fault.kernel}-{_id(fault)}]" for fault in FAULTS),
+    *(f"test_without_a_fault_the_same_runs_find_nothing[{cases}]" for cases in CASES),
+)
+"""The tests that all have to pass before the sources count as proven."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fault" in metafunc.fixturenames:
+        every = metafunc.config.getoption("all_faults")
+        chosen = [fault for fault in FAULTS if every or fault.name == ALWAYS[fault.kernel]]
+        metafunc.parametrize("fault", chosen, ids=lambda fault: f"{fault.kernel}-{_id(fault)}")
+
+
 @pytest.fixture(scope="module")
 def building(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -216,7 +253,6 @@ def building(
     return start_building(wanted, tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_the_fault_is_caught(
     fault: Fault, building: dict[Fault, "Future[Path]"], tmp_path: Path
 ) -> None:
@@ -226,7 +262,23 @@ def test_the_fault_is_caught(
 
 
 @pytest.mark.parametrize("cases", CASES)
-def test_without_a_fault_the_same_runs_find_nothing(cases: str, tmp_path: Path) -> None:
+def test_without_a_fault_the_same_runs_find_nothing(
+    cases: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Among all faults on what they are put into, which has fewer instances; else on the kernel."""
     fault = next(fault for fault in FAULTS if cases == (fault.cases or fault.kernel))
-    source = sources_with(replace(fault, old="#include", new="#include"), tmp_path)
+    source = KERNELS / "cuda" / f"{fault.kernel}.cu"
+    if request.config.getoption("all_faults"):
+        source = sources_with(replace(fault, old="#include", new="#include"), tmp_path)
     assert first_complaint(CASES[cases], source, Variant.PLAIN, tmp_path) == ""
+
+
+def test_every_kernel_has_a_fault_that_is_always_looked_for_and_every_watch_has_one() -> None:
+    always = [fault for fault in FAULTS if fault.name == ALWAYS[fault.kernel]]
+    kernels = sorted(path.stem for path in (KERNELS / "cuda").glob("*.cu"))
+    assert sorted(fault.kernel for fault in always) == kernels
+    assert {fault.watch for fault in always} == set(Variant)
+
+
+def test_the_names_of_all_faults_are_those_of_the_tests() -> None:
+    assert len(set(ALL_IDS)) == len(FAULTS) + len(CASES)

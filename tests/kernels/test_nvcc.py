@@ -1,6 +1,7 @@
 """What nvcc makes of the kernels, for every architecture: no warning, no spill, the stated budgets.
 
-This needs the CUDA toolkit but no GPU, and says nothing of how fast the kernels are.
+This needs the CUDA toolkit but no GPU, and says nothing of how fast the kernels are. A run shows
+one kernel to nvcc, and with `--all-faults` all of them; see `proven`.
 """
 
 import json
@@ -13,15 +14,20 @@ from megachat.errors import KernelError
 from tools.kernel_evidence import (
     ARCHITECTURES,
     KERNELS,
+    PAGE,
     compiled,
     count,
     disassembler,
     instructions,
+    page,
+    release,
     sources,
 )
 from tools.kernel_launches import Format
 
 BUDGETS = json.loads((KERNELS / "budgets.json").read_text())
+ALWAYS = "tiled_linear"
+"""The kernel that every run compiles: it has most instances, tensor cores, asynchronous copies."""
 SIXTEEN_BIT = (Format.BFLOAT16, Format.FLOAT16)
 
 
@@ -41,12 +47,17 @@ needs_nvcc = pytest.mark.skipif(
 needs_disassembler = pytest.mark.skipif(bool(_is_missing()), reason=_is_missing())
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernel" in metafunc.fixturenames:
+        every = metafunc.config.getoption("all_faults")
+        metafunc.parametrize("kernel", sorted(BUDGETS) if every else [ALWAYS])
+
+
 def test_every_kernel_has_a_budget() -> None:
     assert sorted(BUDGETS) == sources()
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel", BUDGETS)
 def test_nothing_is_spilled_and_registers_stay_in_the_budget(kernel: str) -> None:
     found = compiled(kernel).instances
     assert {instance.architecture for instance in found} == set(ARCHITECTURES)
@@ -60,7 +71,6 @@ def test_nothing_is_spilled_and_registers_stay_in_the_budget(kernel: str) -> Non
 
 
 @needs_nvcc
-@pytest.mark.parametrize("kernel", BUDGETS)
 def test_tensors_are_read_and_written_16_bytes_at_a_time(kernel: str) -> None:
     for name, budget in BUDGETS[kernel].items():
         bodies = [body for entry, body in compiled(kernel).ptx.items() if name in entry]
@@ -75,7 +85,6 @@ def test_tensors_are_read_and_written_16_bytes_at_a_time(kernel: str) -> None:
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", BUDGETS)
 def test_the_machine_code_has_wide_accesses_and_none_to_local_memory(
     kernel: str, architecture: str
 ) -> None:
@@ -94,7 +103,6 @@ def test_the_machine_code_has_wide_accesses_and_none_to_local_memory(
 @needs_nvcc
 @needs_disassembler
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", BUDGETS)
 def test_what_a_source_includes_is_what_its_machine_code_uses(
     kernel: str, architecture: str
 ) -> None:
@@ -116,3 +124,14 @@ def test_what_a_source_includes_is_what_its_machine_code_uses(
         copies = any(count(one, "LDGSTS", wide=True) for one in found)
         assert multiplies == ("/tensor_core.h" in source and number in SIXTEEN_BIT), number
         assert copies == ("/async_copy.h" in source), number
+
+
+@needs_nvcc
+@needs_disassembler
+def test_the_page_of_evidence_is_what_its_command_writes(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("all_faults"):
+        pytest.skip("compiles all kernels: with --all-faults")
+    written = PAGE.read_text(encoding="utf-8")
+    if release() not in written:
+        pytest.skip(f"the page was written with another compiler than {release()}")
+    assert written == page(), "run python -m tools.kernel_evidence"

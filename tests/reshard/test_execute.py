@@ -9,6 +9,7 @@ from megachat.reshard import HopOrder, execute
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks
 from tests.harness.groups import groups_of
+from tests.harness.pairwise import pairwise
 from tests.reshard.cases import POST_LN, PRE_LN, Actor, Case, build_actor, wrong_weights
 
 CASES: dict[int, list[Case]] = {
@@ -56,16 +57,12 @@ def _problems(actor: Actor) -> list[str]:
 
 
 def _run_all(cases: list[Case], ranks_per_node: int | None) -> list[str]:
-    """All problems of all cases, each in both norms and both dtypes."""
+    """All problems of all cases, each in both norms and in both dtypes, half of each with half."""
     problems = []
-    for case in cases:
+    for case, config, dtype in pairwise(cases, (PRE_LN, POST_LN), (torch.float32, torch.bfloat16)):
         groups = groups_of(case.source)
-        for config in (PRE_LN, POST_LN):
-            for dtype in (torch.float32, torch.bfloat16):
-                actor = build_actor(
-                    case, config, dtype, groups=groups, ranks_per_node=ranks_per_node
-                )
-                problems += [f"{case} {dtype}: {found}" for found in _problems(actor)]
+        actor = build_actor(case, config, dtype, groups=groups, ranks_per_node=ranks_per_node)
+        problems += [f"{case} {dtype}: {found}" for found in _problems(actor)]
     return problems
 
 

@@ -159,7 +159,9 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
         typer.echo(warning, err=True)
     prepare_output(config)
     set_up_logging()
-    launch(config.launch, run_stages, config, stages, shlex.join(["megachat", *sys.argv[1:]]))
+    command = shlex.join(["megachat", *sys.argv[1:]])
+    rules = config.ranks_on_one_host()
+    launch(config.launch, run_stages, config, stages, command, same_host=rules)
 
 
 @contextmanager

@@ -120,18 +120,18 @@ def part_of(task: Task | None, *, processes: int, nodes: int) -> Part:
     on_nodes = f" on {len(task.hosts)} nodes" if task.hosts else ""
     raise LaunchError(
         f"{task.way} started the job with {count} processes{on_nodes}, but launch.processes "
-        f"{processes} x launch.nodes {nodes} = {world_size}: {_advice(task, count, nodes)}"
+        f"{processes} x launch.nodes {nodes} = {world_size}: "
+        f"{_advice(task, count=count, world_size=world_size, nodes=nodes)}"
     )
 
 
-def _advice(task: Task, count: int, nodes: int) -> str:
+def _advice(task: Task, *, count: int, world_size: int, nodes: int) -> str:
     """How tasks and settings come to agree."""
     known = len(task.hosts) or nodes
     each, rest = divmod(count, known)
-    fitting = f"launch.processes={each} launch.nodes={known}" if not rest else "others"
-    if task.way is Way.TORCHRUN:
-        return f"set {fitting}, or start as many"
-    return f"set {fitting}, or start one process for each rank, or one for each node"
+    fitting = "" if rest else f"set launch.processes={each} launch.nodes={known}, or "
+    starters = f" or {nodes}, one on each node" if task.way is not Way.TORCHRUN else ""
+    return f"{fitting}start {world_size} processes, one for each rank{starters}"
 
 
 def meeting_port(key: str) -> int:
@@ -157,8 +157,8 @@ def parse_rendezvous(text: str) -> tuple[str, int]:
 def expand_hosts(text: str) -> tuple[str, ...]:
     """Host names of a Slurm node list, as `scontrol show hostnames` writes them.
 
-    Example: `gpu[001-003,010]-ib,x5` is gpu001-ib, gpu002-ib, gpu003-ib, gpu010-ib, x5. Several
-    brackets in a name count like the digits of a number, the last one fastest.
+    Example: `gpu[001-003,010],x5` is gpu001, gpu002, gpu003, gpu010, x5. Several brackets in a name
+    count like the digits of a number, the last one fastest.
 
     Raises:
         LaunchError: A bracket or range is not closed, empty or backwards.

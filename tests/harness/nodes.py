@@ -66,11 +66,11 @@ class Nodes:
         """As the system does when memory runs out."""
         os.kill(self.pid(number), signal.SIGKILL)
 
-    def ends(self) -> Sequence[End]:
-        """Waits for all processes."""
+    def ends(self, *, seconds: float = END_SECONDS) -> Sequence[End]:
+        """Waits for all processes, so long for each."""
         ends = []
         for number, process in enumerate(self._processes):
-            process.join(END_SECONDS)
+            process.join(seconds)
             assert not process.is_alive(), f"process {number} of the job does not end"
             path = self._folder / f"end{number}"
             words = path.with_suffix(".stderr").read_text()

@@ -166,7 +166,9 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     if warning is not None:
         typer.echo(warning, err=True)
     prepare_output(config)
-    launch(config.launch, run_stages, config, stages, shlex.join(["megachat", *sys.argv[1:]]))
+    command = shlex.join(["megachat", *sys.argv[1:]])
+    rules = config.ranks_on_one_host()
+    launch(config.launch, run_stages, config, stages, command, same_host=rules)
 
 
 @contextmanager

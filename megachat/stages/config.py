@@ -20,7 +20,8 @@ from megachat.model.config import (
 )
 from megachat.ops.registry import Backend
 from megachat.parallel.launch import LaunchConfig
-from megachat.parallel.layout import GenerationPlacement, ParallelLayout
+from megachat.parallel.layout import Axis, GenerationPlacement, ParallelLayout
+from megachat.parallel.placement import SameHost
 from megachat.rlhf.config import LogprobTolerance, OldLogprobs, PpoConfig
 from megachat.training.schedules import OptimizerConfig
 
@@ -300,6 +301,23 @@ class RunConfig(ConfigModel):
             tensor=self.rlhf.generation_degree(self.models.actor),
         )
         self.rlhf.ppo.check_rows(self.rlhf.batch_prompts)
+
+    def ranks_on_one_host(self) -> tuple[SameHost, ...]:
+        """Tensor groups of training and of generation, which exchange within every layer."""
+        actor, reward = self.models.actor, self.models.reward
+        world_size, degree = self.launch.world_size, self.rlhf.generation_degree(actor)
+        placement = GenerationPlacement(source=actor.layout(world_size), tensor=degree)
+        generation = dict.fromkeys(placement.tensor_group(rank) for rank in range(world_size))
+        return (
+            *(
+                SameHost(
+                    why=f"models.{name}.tensor {role.tensor}",
+                    groups=role.layout(world_size).groups_along(Axis.TENSOR),
+                )
+                for name, role in (("actor", actor), ("reward", reward))
+            ),
+            SameHost(why=f"rlhf.generation_tensor {degree}", groups=tuple(generation)),
+        )
 
     def _check_positions(self, role: str, max_positions: int) -> None:
         """Refuses rows that are longer than a model's position table."""

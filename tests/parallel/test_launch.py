@@ -11,11 +11,27 @@ import torch.distributed as dist
 from megachat.config import load_config
 from megachat.errors import ConfigError, LaunchError, LayoutError, MegachatError
 from megachat.parallel.launch import LaunchConfig, launch, num_cores, select_device
+from megachat.parallel.lifeline import Member
+from megachat.parallel.rendezvous import check_gpus
+from tests.harness.nodes import Nodes
 from tests.parallel import entries
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALONE = LaunchConfig(device="cpu", threads=1)
 TWO = LaunchConfig(device="cpu", threads=1, processes=2)
+STEP = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_LOCALID": "5",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu7",
+    "SLURM_STEP_NUM_TASKS": "8",
+}
+CUDA_VARIABLES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "NCCL_DEBUG",
+)
 SECONDS_TO_REPORT = 10.0
 """Longest time from a rank's failure to its error in the parent."""
 
@@ -146,11 +162,88 @@ def test_cuda_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_device_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     third = torch.device("cuda", 3)
     assert [select_device(name) for name in ("auto", "cuda")] == [third, third]
     assert select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_device("auto") == torch.device("cpu")
+
+
+def test_a_rank_that_sees_a_gpu_of_its_own_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `srun --gpus-per-task=1`."""
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert select_device("auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("", 1)])
+def test_more_ranks_than_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, visible: str, count: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(LaunchError, match=f"rank 3 of .* has no CUDA device: there are {count}"):
+        select_device("auto")
+
+
+def test_more_processes_than_gpus_are_refused_before_they_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (*CUDA_VARIABLES, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "mine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LaunchError, match="launch.processes is 2, but .* has 1 CUDA devices"):
+        launch(TWO.model_copy(update={"device": "cuda"}), entries.fail_alone)
+    assert {os.environ[name] for name in CUDA_VARIABLES} == {"mine"}
+
+
+@pytest.mark.parametrize("before", [None, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_cuda_gets_its_variables_where_the_user_has_set_none(
+    monkeypatch: pytest.MonkeyPatch, before: str | None
+) -> None:
+    names = (*CUDA_VARIABLES, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if before is not None:
+        monkeypatch.setenv(before, "max_split_size_mb:64")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LaunchError, match="has 1 CUDA devices"):
+        launch(TWO.model_copy(update={"device": "cuda"}), entries.fail_alone)
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    settings = {os.environ.get(name) for name in names[-2:]} - {None}
+    assert settings == {"expandable_segments:True" if before is None else "max_split_size_mb:64"}
+
+
+def test_two_processes_that_see_the_same_gpu_are_refused() -> None:
+    first, second, other = (
+        Member(name="rank", number=number, host="gpu7", gpu=gpu)
+        for number, gpu in enumerate(("GPU-1", "GPU-1", "GPU-2"))
+    )
+    check_gpus((first, other))
+    with pytest.raises(LaunchError, match="rank 0 on gpu7 and rank 1 on gpu7 see the same GPU"):
+        check_gpus((first, second, other))
+
+
+def test_a_long_temporary_folder_is_no_obstacle(tmp_path: Path) -> None:
+    """A socket's path has at most 107 characters."""
+    folder = tmp_path / ("t" * 95)
+    folder.mkdir()
+    with Nodes(tmp_path) as nodes:
+        nodes.start(
+            launch, TWO, entries.report, tmp_path, variables={"TMPDIR": str(folder), "TMP": ""}
+        )
+        (end,) = nodes.ends()
+    assert (end.exit_code, end.message) == (0, "")
+    assert (tmp_path / "1").exists()
 
 
 def test_threads_share_the_cores_unless_they_are_set() -> None:

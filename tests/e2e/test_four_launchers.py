@@ -1,0 +1,99 @@
+"""The example started by four launchers of one process each, and by one launcher of four."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megachat.config import load_config
+from megachat.data.config import Stage
+from megachat.parallel.launch import launch
+from megachat.stages.config import RunConfig
+from megachat.stages.context import stage_folder
+from megachat.stages.results import RESULT_FILE
+from megachat.stages.run import run_stages
+from megachat.telemetry.metrics import read_metrics
+from tests.harness.nodes import Nodes
+from tests.stages import tiny_run
+
+EXAMPLE = Path(__file__).parents[2] / "examples/tiny_cpu/run.toml"
+TIMES = ("perf/", "time/", "memory/")
+"""Metrics that tell of the machine."""
+
+
+def _config(folder: Path, name: str, *, nodes: int, processes: int) -> RunConfig:
+    """The example with fewer steps and the tests' data; two ranks share a layer, as in the file."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
+    return load_config(
+        RunConfig,
+        path=EXAMPLE,
+        overrides=[
+            f"launch.nodes={nodes}",
+            f"launch.processes={processes}",
+            f"launch.rendezvous={rendezvous}",
+            "launch.threads=1",
+            f"run.output={folder / name}",
+            f'data.sources=[{{name = "chats", path = "{folder / "rows.jsonl"}"}}]',
+            f"data.cache_dir={folder / 'cache'}",
+            "data.split=[2, 4, 4]",
+            "data.max_answer_tokens=32",
+            "data.max_tokens=56",
+            "tokenizer.train.vocab_size=134",
+            "models.actor.shape.hidden=32",
+            "sft.max_steps=3",
+            "sft.evaluation_rows=16",
+            "reward.max_steps=2",
+            "reward.evaluation_rows=16",
+            "rlhf.max_steps=2",
+            "rlhf.batch_prompts=16",
+            "rlhf.evaluation_rows=16",
+            "rlhf.judge=none",
+            "rlhf.ppo.reward.normalization_samples=16",
+            "rlhf.sampling.max_new_tokens=8",
+        ],
+    )
+
+
+def _train(config: RunConfig) -> None:
+    """What `megachat train` does with a configuration once it has checked it."""
+    rules = config.ranks_on_one_host()
+    launch(config.launch, run_stages, config, list(Stage), "megachat train", same_host=rules)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunConfig]:
+    """One launcher with four processes, and four launchers."""
+    folder = tmp_path_factory.mktemp("launchers")
+    tiny_run.write_rows(folder / "rows.jsonl")
+    one = _config(folder, "one", nodes=1, processes=4)
+    four = _config(folder, "four", nodes=4, processes=1)
+    for config in (one, four):
+        with Nodes(folder) as nodes:
+            for _ in range(config.launch.nodes):
+                nodes.start(_train, config)
+            for end in nodes.ends(seconds=240.0):
+                assert end.exit_code == 0, end
+    return one, four
+
+
+def _figures(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """All that a stage has measured of the model, with every digit."""
+    folder = stage_folder(config, stage)
+    metrics = read_metrics(folder)
+    figures: dict[str, Any] = {
+        name: metrics.series(name) for name in metrics.names() if not name.startswith(TIMES)
+    }
+    return figures | json.loads((folder / RESULT_FILE).read_text())["metrics"]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_four_launchers_train_to_the_figures_of_one(
+    runs: tuple[RunConfig, RunConfig], stage: Stage
+) -> None:
+    one, four = (_figures(config, stage) for config in runs)
+    assert len(one) > 3
+    assert four == one

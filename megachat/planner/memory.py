@@ -1,4 +1,4 @@
-"""The one place that computes what every rank holds in every phase. Pure.
+"""Computes what every rank holds in every phase. Pure.
 
 Long-lived pools of a model that trains, for n parameters on the rank and data degree d:
 
@@ -10,16 +10,20 @@ Long-lived pools of a model that trains, for n parameters on the rank and data d
 DeepSpeed's BF16_Optimizer accumulates the whole shard's gradients in fp32 on *every* data rank and
 keeps the buffer between steps; its fp32 optimizer holds gradients while a backward pass runs, and
 is planned at that moment. Models that only run forward have weights alone. Generation adds the
-foreign blocks of the weight arena and the key/value cache, which takes what is left.
+foreign blocks of the weight arena and the key/value cache, which takes what is left. What the
+allocator rounds up (`megachat.planner.allocator`) and what recorded decode steps keep are pools
+too; memory that is taken beside tensors, and the margin, are not (`megachat.planner.reserved`).
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megachat.errors import CapacityError
-from megachat.planner.hardware import GB, ClusterConfig
+from megachat.planner.allocator import PARTLY_USED_BYTES, rounding, workspace_rounding
+from megachat.planner.graphs import graph_bytes
+from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
 from megachat.planner.records import (
     CachePlan,
@@ -34,7 +38,8 @@ from megachat.planner.records import (
     merged,
     rank_ranges,
 )
-from megachat.planner.sizes import generation_elements, stage_elements
+from megachat.planner.reserved import reserved_memory
+from megachat.planner.sizes import generation_elements, stage_elements, stage_tensors
 from megachat.planner.transients import (
     Transients,
     generation_workspace,
@@ -46,7 +51,10 @@ _MASTER_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
 """Bytes per parameter; always fp32."""
 
 _BUCKET_BYTES = 2**28
-"""Gradients that fp32 training reduces in one call."""
+"""Gradients that training reduces in one call; two such calls may be on their way."""
+
+_GRANULE_BYTES = 2**21
+"""Of the driver's memory, from which the weight arena is mapped."""
 
 _OPTIMIZER_POOLS = (Pool.MASTERS, Pool.MOMENTS)
 
@@ -79,7 +87,8 @@ def plan_memory(
         measures=measures,
         ranks=ranks,
         cache=cache,
-        budget_bytes=cluster.budget_bytes,
+        gpu_bytes=cluster.gpu_bytes,
+        reserved=planner.reserved,
         host_budget_bytes=cluster.host_budget_bytes,
         host_bytes=_fullest_host(ranks, cluster),
     )
@@ -101,7 +110,7 @@ def refusal(plan: MemoryPlan) -> str | None:
         return (
             f"phase {peak.phase} needs {peak.total() / GB:.1f} GB on ranks "
             f"{rank_ranges(fullest.ranks)}, {plan.budget_bytes / GB:.1f} GB are usable (largest: "
-            f"{named})"
+            f"{named}; of {plan.gpu_bytes / GB:.1f} GB reserved: {plan.reserved})"
         )
     if plan.host_bytes > plan.host_budget_bytes:
         return (
@@ -136,15 +145,17 @@ class _Planner:
     def __init__(self, job: Job, cluster: ClusterConfig, measures: frozenset[Measure]) -> None:
         self._job = job
         self._measures = measures
-        self._budget = cluster.budget_bytes
+        self._allocator = cluster.allocator
+        self.reserved = reserved_memory(job, cluster)
+        """What is taken beside tensors."""
+        self._budget = cluster.gpu_bytes - self.reserved.num_bytes
 
     def cache(self, kinds: list[tuple[int, int]]) -> CachePlan:
         """The cache that fits beside everything else on the fullest rank."""
         job, config, tokens = self._job, self._job.actor.config, self._job.block_tokens
         values = 2 * config.layers * tokens * config.hidden // job.generation_tensor
         block_bytes = values * job.actor.value_bytes
-        # The last token of a response is never computed.
-        per_sequence = -(-(job.workload.sequence_tokens - 1) // tokens)
+        per_sequence = job.blocks_per_sequence
         needed = job.most_at_once * per_sequence
         if job.cache_bytes is not None:
             num_blocks = job.cache_bytes // block_bytes
@@ -173,6 +184,9 @@ class _Planner:
             actor_stage=actor_stage,
             critic_stage=critic_stage,
             scorers_away=Measure.OFFLOAD_SCORERS in self._measures,
+            graphs=graph_bytes(job),
+            arena=self._arena_rounding(actor_stage),
+            allocator=self._allocator,
         )
         generation = PhaseMemory(
             phase=Phase.GENERATION,
@@ -212,6 +226,11 @@ class _Planner:
         yield _device(Role.ACTOR, Pool.FOREIGN_BLOCKS, foreign)
         yield _device(Role.ACTOR, Pool.KV_CACHE, cache_bytes)
         yield _device(Role.ACTOR, Pool.WORKSPACE, generation_workspace(job))
+        yield _device(Role.ACTOR, Pool.GRAPHS, graph_bytes(job))
+        if self._allocator is Allocator.CACHING:
+            own = _held_rounding(job.actor, actor_stage) + workspace_rounding()
+            yield _device(Role.ACTOR, Pool.ROUNDING, own)
+            yield _device(Role.CRITIC, Pool.ROUNDING, _held_rounding(job.critic, critic_stage))
         for item in _trained(Role.CRITIC, job.critic, critic_stage):
             offloaded = item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_CRITIC in measures
             yield _moved(item, Residence.HOST, item.num_bytes) if offloaded else item
@@ -222,6 +241,21 @@ class _Planner:
         ):
             for item in _weights(role, setup, stage):
                 yield _moved(item, Residence.HOST, item.num_bytes) if away else item
+            if self._allocator is Allocator.CACHING and not away:
+                yield _device(role, Pool.ROUNDING, _weight_rounding(setup, stage))
+
+    def _arena_rounding(self, actor_stage: int) -> int:
+        """What granules of the arena hold of other ranks' weights while the actor trains.
+
+        Each parameter of a layer has a slot between those of others; the granule at either end
+        stays.
+        """
+        actor, degree = self._job.actor, self._job.generation_tensor
+        if not generation_elements(actor, tensor=degree, stage=actor_stage).foreign:
+            return 0
+        tensors = stage_tensors(actor, stage=actor_stage)
+        slots = tensors.num_layers * len(tensors.layer) + len(tensors.edges)
+        return 2 * _GRANULE_BYTES * slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +269,11 @@ class _Parts:
     critic_stage: int
     scorers_away: bool
     """Whether reference and reward model are in host memory except while scoring."""
+    graphs: int
+    """Bytes of recorded decode steps, which stay from one generation phase to the next."""
+    arena: int
+    """Bytes that the weight arena holds beyond the rank's own weights."""
+    allocator: Allocator
 
 
 @cache
@@ -250,6 +289,7 @@ def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
                 (
                     *_trained(Role.ACTOR, actor, parts.actor_stage),
                     *_transient(Role.ACTOR, sft),
+                    *_rounded(Role.ACTOR, parts, transient=sft.rounding),
                 )
             ),
         ),
@@ -259,6 +299,7 @@ def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
                 (
                     *_trained(Role.CRITIC, critic, parts.critic_stage),
                     *_transient(Role.CRITIC, pairs),
+                    *_rounded(Role.CRITIC, parts, transient=pairs.rounding),
                 )
             ),
         ),
@@ -289,7 +330,14 @@ def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
     return (
         PhaseMemory(
             phase=Phase.SCORING,
-            pools=merged((*trained, *_scorers(parts, Residence.DEVICE), *_largest(scoring))),
+            pools=merged(
+                (
+                    *trained,
+                    *_scorers(parts, Residence.DEVICE),
+                    *_largest(scoring),
+                    *_step_overheads(parts, scoring, scorers_are_here=True),
+                )
+            ),
         ),
         PhaseMemory(
             phase=Phase.PPO_TRAINING,
@@ -298,10 +346,67 @@ def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
                     *trained,
                     *_scorers(parts, Residence.HOST if parts.scorers_away else Residence.DEVICE),
                     *_largest(training),
+                    *_step_overheads(parts, training, scorers_are_here=not parts.scorers_away),
                 )
             ),
         ),
     )
+
+
+def _step_overheads(
+    parts: _Parts, transients: Mapping[Role, Transients], *, scorers_are_here: bool
+) -> Iterator[PoolBytes]:
+    """Recorded steps, and what the allocator takes beyond tensors, in a phase of a PPO step."""
+    yield _device(Role.ACTOR, Pool.GRAPHS, parts.graphs)
+    fullest = max(item.rounding for item in transients.values())
+    yield from _rounded(Role.ACTOR, parts, transient=fullest + parts.arena)
+    yield from _rounded(Role.CRITIC, parts, transient=0)
+    if scorers_are_here and parts.allocator is Allocator.CACHING:
+        for role, setup, stage in (
+            (Role.REFERENCE, parts.actor, parts.actor_stage),
+            (Role.REWARD, parts.critic, parts.critic_stage),
+        ):
+            yield _device(role, Pool.ROUNDING, _weight_rounding(setup, stage))
+
+
+def _rounded(role: Role, parts: _Parts, *, transient: int) -> Iterator[PoolBytes]:
+    """What the allocator takes beyond the tensors of a role that trains."""
+    if parts.allocator is Allocator.CACHING:
+        setup, stage = {
+            Role.ACTOR: (parts.actor, parts.actor_stage),
+            Role.CRITIC: (parts.critic, parts.critic_stage),
+        }[role]
+        yield _device(role, Pool.ROUNDING, _held_rounding(setup, stage) + transient)
+
+
+@cache
+def _held_rounding(setup: RoleSetup, stage: int) -> int:
+    """Of a model that trains: weights, gradients, masters and two moments.
+
+    The optimizer's buffers hold a parameter each or several; each alone rounds to more.
+    """
+    data = setup.layout.data
+
+    def beyond(elements: int) -> int:
+        share = -(-elements // data)
+        return rounding(
+            (elements * _GRADIENT_BYTES, share * _MASTER_BYTES, *[share * _MOMENT_BYTES // 2] * 2)
+        )
+
+    tensors = stage_tensors(setup, stage=stage)
+    state = tensors.num_layers * sum(map(beyond, tensors.layer)) + sum(map(beyond, tensors.edges))
+    return _weight_rounding(setup, stage) + state
+
+
+@cache
+def _weight_rounding(setup: RoleSetup, stage: int) -> int:
+    """Of the weights of a model, each parameter a tensor, with the segments that are not full."""
+    tensors = stage_tensors(setup, stage=stage)
+    layer, edges = (
+        rounding(elements * setup.value_bytes for elements in part)
+        for part in (tensors.layer, tensors.edges)
+    )
+    return tensors.num_layers * layer + edges + PARTLY_USED_BYTES
 
 
 def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
@@ -344,13 +449,18 @@ def _training(
     setup: RoleSetup, stage: int, rows: int, tokens: int, *, answers: int = 1
 ) -> Transients:
     """Of a training step on a global batch; a row of pairs holds two answers."""
-    return training_transients(
+    transients = training_transients(
         setup,
         stage=stage,
         rows=answers * setup.rows_at_once(rows),
         tokens=tokens,
         num_micro_batches=setup.num_micro_batches(rows),
     )
+    if setup.layout.data == 1 or setup.value_bytes == _GRADIENT_BYTES:
+        return transients  # with fp32 the buckets are counted as gradients
+    # Gradients on their way to the data rank that owns them, while the backward pass runs.
+    gradients = stage_elements(setup, stage=stage).total * _GRADIENT_BYTES
+    return replace(transients, workspace=transients.workspace + 2 * min(_BUCKET_BYTES, gradients))
 
 
 def _transient(role: Role, transients: Transients) -> Iterator[PoolBytes]:

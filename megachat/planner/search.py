@@ -64,6 +64,8 @@ class PlanRequest:
     """Prompt tokens that one step of generation computes at most."""
     max_sequences: int | None = None
     """Sequences that one replica has in work at once; None: as many as the cache holds."""
+    graphs: bool = True
+    """Whether decode steps are recorded as CUDA graphs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,6 +247,7 @@ def _job(request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompu
         block_tokens=request.block_tokens,
         prefill_tokens=request.prefill_tokens,
         max_sequences=request.max_sequences,
+        graphs=request.graphs,
     )
 
 
@@ -269,7 +272,7 @@ def _critic(request: PlanRequest, mode: Recompute) -> RoleSetup:
     setup = _setup(request.critic, Head.SCALAR, layout, options, mode)
     if options.layout is not None:
         return setup
-    allowed = _CRITIC_SHARE * request.cluster.budget_bytes
+    allowed = _CRITIC_SHARE * request.cluster.gpu_bytes
     for tensor in _divisors(request.cluster.gpus_per_node):
         layout = ParallelLayout.for_world(request.cluster.world_size, tensor=tensor)
         if _fits_evenly(request.critic, layout):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-from megachat.parallel.layout import Axis, GenerationPlacement, ParallelLayout
+from megachat.parallel.layout import Axis, Coordinate, GenerationPlacement, ParallelLayout
 
 _MIB = 2**20
 _RECEIVING, _SENDING = 10 * _MIB, 2 * _MIB
@@ -102,7 +102,7 @@ def communicator_bytes(
 ) -> int:
     """Predicted bytes of NCCL's buffers on the rank that has most, looked for on each stage."""
     stages = {
-        layout.rank_of(layout.coordinate(0)) + stage * layout.tensor * layout.data
+        stage * layout.tensor * layout.data
         for layout in (actor, critic)
         for stage in (0, layout.pipeline // 2, layout.pipeline - 1)
     }
@@ -160,7 +160,11 @@ def _crosses_stages(placement: GenerationPlacement) -> bool:
 
 @cache
 def _model_group(layout: ParallelLayout, data: int) -> tuple[int, ...]:
-    return layout.model_groups()[data]
+    return tuple(
+        layout.rank_of(Coordinate(tensor=tensor, data=data, pipeline=pipeline))
+        for pipeline in range(layout.pipeline)
+        for tensor in range(layout.tensor)
+    )
 
 
 @cache

@@ -1,8 +1,9 @@
 """The one place that chooses: layouts, recomputation and what is lent or offloaded. Pure.
 
 A candidate is a training layout and a generation degree. For each, sets of measures are tried from
-none to all, without and, only where nothing else fits, with full recomputation; of those that fit,
-the one with the least predicted time is taken, and of equal ones the one with fewest measures.
+none to all; where none fits, with fewer rows at once if the request offers them, and only then with
+full recomputation. Of those that fit, the one with the least predicted time is taken, and of equal
+ones the one with fewest measures.
 Candidates are ranked by predicted time of a PPO step.
 """
 
@@ -14,7 +15,8 @@ from megachat.model.config import Head, OptConfig, Recompute, vocab_multiple_for
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.planner.hardware import ClusterConfig
 from megachat.planner.job import Job, RoleSetup, Workload
-from megachat.planner.memory import plan_memory, refusal, trained_bytes
+from megachat.planner.memory import plan_fullest, plan_memory, refusal
+from megachat.planner.pools import trained_bytes
 from megachat.planner.records import Measure, MemoryPlan, Phase
 from megachat.planner.time import StepSeconds, predict_seconds
 
@@ -66,6 +68,9 @@ class PlanRequest:
     """Sequences that one replica has in work at once; None: as many as the cache holds."""
     graphs: bool = True
     """Whether decode steps are recorded as CUDA graphs."""
+    row_choices: tuple[int, ...] = ()
+    """Rows of a micro-batch of both roles to choose from, the preferred first; none: as the roles'
+    options say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +145,17 @@ def search(request: PlanRequest) -> SearchResult:
     return SearchResult(plans=tuple(plans), refusals=tuple(item.refusal for item in refused))
 
 
+def fits_somewhere(request: PlanRequest) -> bool:
+    """Whether any pair of layouts fits; stops at the first, and predicts no time."""
+    return any(
+        plan_fullest(job, request.cluster, rung).fits
+        for train in _training_layouts(request)
+        for tensor in _generation_degrees(request, train)
+        for job in _ways(request, train, tensor)
+        for rung in reversed(_LADDER)
+    )
+
+
 def check_fits(request: PlanRequest) -> Plan:
     """How a run can be made to fit, before it starts.
 
@@ -163,13 +179,14 @@ class _Refused:
 
 def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | _Refused:
     """The fastest way to run one pair of layouts, or why there is none."""
-    for mode in Recompute:
-        job = _job(request, train, tensor, mode)
-        roomiest = plan_memory(job, request.cluster, _LADDER[-1])
-        if roomiest.fits:
-            memories = (plan_memory(job, request.cluster, rung) for rung in _LADDER)
+    for job in _ways(request, train, tensor):
+        roomiest = plan_fullest(job, request.cluster, _LADDER[-1])
+        if roomiest.peak_bytes <= roomiest.budget_bytes:
+            memories = (plan_fullest(job, request.cluster, rung) for rung in _LADDER)
             plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
-            return min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
+            if plans:
+                best = min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
+                return replace(best, memory=plan_memory(job, request.cluster, best.memory.measures))
     reason = refusal(roomiest)
     assert reason is not None
     generates = roomiest.fullest.peak.phase is Phase.GENERATION
@@ -179,6 +196,13 @@ def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | 
         ),
         excess_bytes=roomiest.peak_bytes - roomiest.budget_bytes,
     )
+
+
+def _ways(request: PlanRequest, train: ParallelLayout, tensor: int) -> Iterator[Job]:
+    """The jobs of a pair of layouts: fewer rows at once, then recomputation, where it must be."""
+    for mode in Recompute:
+        for rows in request.row_choices or (None,):
+            yield _job(request, train, tensor, mode, rows)
 
 
 def _timed(job: Job, cluster: ClusterConfig, memory: MemoryPlan) -> Plan:
@@ -236,8 +260,24 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _job(request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompute) -> Job:
-    """The job that a candidate stands for; `mode` applies where recomputation is left open."""
+def _job(
+    request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompute, rows: int | None
+) -> Job:
+    """The job that a candidate stands for.
+
+    Args:
+        request: What is planned.
+        train: The actor's training layout.
+        tensor: Generation degree.
+        mode: Recomputation, where the request leaves it open.
+        rows: Rows of a micro-batch of both roles; None: as the request says.
+    """
+    if rows is not None:
+        request = replace(
+            request,
+            actor_options=replace(request.actor_options, micro_batch_rows=rows),
+            critic_options=replace(request.critic_options, micro_batch_rows=rows),
+        )
     actor = _setup(request.actor, Head.LANGUAGE_MODEL, train, request.actor_options, mode)
     return Job(
         actor=replace(actor, vocab_multiple=vocab_multiple_for(train.tensor, tensor)),

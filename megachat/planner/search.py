@@ -112,15 +112,20 @@ class SearchResult:
         """
         if self.plans:
             return self.plans[0]
+        raise CapacityError(f"{self.nearest_refusal}: use more GPUs or smaller batches")
+
+    @property
+    def nearest_refusal(self) -> str:
+        """Why the layouts that came closest do not fit."""
         count = len(self.refusals)
         if not count:
-            raise CapacityError("no layout divides this model over this cluster: change its size")
+            return "no layout divides this model over this cluster, change its size"
         first = self.refusals[0]
         shown = f"{first.train}" + (
             f" -> tp{first.generation_tensor}" if first.generation_tensor else ""
         )
         others = f" ({count - 1} other layouts are refused too)" if count > 1 else ""
-        raise CapacityError(f"{shown}: {first.reason}{others}: use more GPUs or smaller batches")
+        return f"{shown}: {first.reason}{others}"
 
 
 def search(request: PlanRequest) -> SearchResult:

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
@@ -19,15 +18,12 @@ from megachat.stages.context import (
     TOKENIZER_RECORD,
     RunContext,
     prepare_output,
-    stage_fingerprint,
     stage_folder,
     tokenizer_fingerprint,
     tokenizer_folder,
 )
 from megachat.stages.results import (
-    MODEL_FOLDER,
     StageResult,
-    read_result,
     write_json,
     write_result,
     write_text,
@@ -35,6 +31,7 @@ from megachat.stages.results import (
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
 from megachat.stages.sft import run_sft
+from megachat.stages.status import completed_stages
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
@@ -79,18 +76,6 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     barrier()
 
 
-def describe_run(config: RunConfig) -> str:
-    """The resolved configuration as JSON and the layouts of the roles, for `--dry-run`."""
-    world_size, done = config.launch.world_size, completed_stages(config)
-    lines = [config.model_dump_json(indent=2), f"ranks: {world_size}"]
-    for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
-        lines.append(f"layout of {name}: {role.layout(world_size)}")
-    for stage in Stage:
-        state = "complete" if stage in done else "to run"
-        lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
-    return "\n".join(lines)
-
-
 def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
     """The tokenizer in the run folder, trained or copied there by the first rank.
 
@@ -111,22 +96,6 @@ def prepare_tokenizer(worker: Worker, config: RunConfig) -> Tokenizer:
         write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
     barrier()
     return Tokenizer.load(folder)
-
-
-def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there.
-
-    Raises:
-        CheckpointError: A result file is not one.
-        ConfigError: A stage, asked for or not, was completed under another configuration.
-    """
-    done: dict[Stage, StageResult] = {}
-    for stage in Stage:
-        folder = stage_folder(config, stage)
-        result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
-        if result is not None and is_complete(folder / MODEL_FOLDER):
-            done[stage] = result
-    return done
 
 
 def _has_tokenizer(config: RunConfig) -> bool:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from megachat.planner.hardware import ClusterConfig
 
 
+DEFAULT_REWARD_MODEL = "facebook/opt-350m"
+"""The paper's, for actors of all sizes."""
+
+
 class DeploymentType(StrEnum):
     """The paper's `--deployment-type`."""
 

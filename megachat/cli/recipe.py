@@ -7,17 +7,20 @@ names that it does not know are read from their folder's `config.json`.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megachat.cli.plan import find_architecture
 from megachat.errors import CapacityError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig, Recompute
-from megachat.planner.hardware import ClusterConfig
+from megachat.planner.hardware import GB, ClusterConfig
 from megachat.planner.job import Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure
 from megachat.planner.report import plan_lines
 from megachat.planner.search import Plan, PlanRequest, fits_somewhere, search
+
+if TYPE_CHECKING:
+    from megachat.stages.config import RunConfig
 
 ROWS_PER_RANK = 4
 """Prompts, pairs and half the supervised rows of a global batch, for each rank; and rows of a
@@ -120,6 +123,22 @@ def explanation(plan: Plan, models: RecipeModels) -> list[str]:
     ]
 
 
+def verdict(config: "RunConfig", cluster: ClusterConfig) -> list[str]:
+    """Whether a run whose settings were changed still fits a cluster."""
+    from megachat.cli.preflight import known_architectures, plan_run
+
+    architectures = known_architectures(config)
+    if isinstance(architectures, str):
+        return [f"With --set: the architecture of {architectures} cannot be known here."]
+    run = plan_run(config, architectures, cluster)
+    if run.reason is not None:
+        return [f"With --set: does not fit: {run.reason}."]
+    return [
+        f"With --set: fits, {run.memory.peak_bytes / GB:.1f} of "
+        f"{run.memory.budget_bytes / GB:.1f} GB usable in phase {run.memory.fullest.peak.phase}."
+    ]
+
+
 def command(plan: Plan, models: RecipeModels) -> str:
     """The `megachat plan` that gives this plan."""
     job, cluster, work = plan.job, plan.cluster, plan.job.workload
@@ -149,11 +168,21 @@ def smallest_cluster(
     and then nodes are doubled.
     """
     width = cluster.gpus_per_node if cluster.nodes > 1 else max(8, cluster.gpus_per_node)
-    for nodes, gpus in _sizes(width):
-        larger = cluster.model_copy(update={"nodes": nodes, "gpus_per_node": gpus})
+    return _smallest(actor, critic, _resized(cluster, nodes=1, gpus=width))
+
+
+@cache
+def _smallest(actor: OptConfig, critic: OptConfig, cluster: ClusterConfig) -> ClusterConfig | None:
+    """The smallest cluster whose nodes are at most as wide as one of these."""
+    for nodes, gpus in _sizes(cluster.gpus_per_node):
+        larger = _resized(cluster, nodes=nodes, gpus=gpus)
         if fits_somewhere(_request(actor, critic, larger)):
             return larger
     return None
+
+
+def _resized(cluster: ClusterConfig, *, nodes: int, gpus: int) -> ClusterConfig:
+    return cluster.model_copy(update={"nodes": nodes, "gpus_per_node": gpus})
 
 
 def _sizes(width: int) -> Iterator[tuple[int, int]]:
@@ -175,7 +204,10 @@ def _chosen(
     if result.plans:
         return _simplest(result.plans)
     enough = smallest_cluster(actor, critic, cluster)
-    advice = f"no cluster of up to {_MOST_NODES} such nodes would do"
+    advice = (
+        f"no cluster of up to {_MOST_NODES} nodes of such GPUs would do, for a generation tensor "
+        "group stays inside a node"
+    )
     if enough is not None:
         advice = f"the smallest cluster of such GPUs that would do is {_where(enough)}"
     what = f"{models.actor} with {models.reward} on {_where(cluster)}"

@@ -152,13 +152,16 @@ def search(request: PlanRequest) -> SearchResult:
 
 def fits_somewhere(request: PlanRequest) -> bool:
     """Whether any pair of layouts fits; stops at the first, and predicts no time."""
-    return any(
-        plan_fullest(job, request.cluster, rung).fits
-        for train in _training_layouts(request)
-        for tensor in _generation_degrees(request, train)
-        for job in _ways(request, train, tensor)
-        for rung in reversed(_LADDER)
-    )
+    for train in _training_layouts(request):
+        for tensor in _generation_degrees(request, train):
+            job = _ways(request, train, tensor)[-1]
+            roomiest = plan_fullest(job, request.cluster, _LADDER[-1])
+            if _fits_gpu(roomiest):
+                if any(plan_fullest(job, request.cluster, rung).fits for rung in _LADDER):
+                    return True
+            elif roomiest.fullest.peak.phase is not Phase.GENERATION:
+                break  # no generation degree could change it
+    return False
 
 
 def check_fits(request: PlanRequest) -> Plan:
@@ -184,14 +187,16 @@ class _Refused:
 
 def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | _Refused:
     """The fastest way to run one pair of layouts, or why there is none."""
-    for job in _ways(request, train, tensor):
-        roomiest = plan_fullest(job, request.cluster, _LADDER[-1])
-        if roomiest.peak_bytes <= roomiest.budget_bytes:
-            memories = (plan_fullest(job, request.cluster, rung) for rung in _LADDER)
-            plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
-            if plans:
-                best = min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
-                return replace(best, memory=plan_memory(job, request.cluster, best.memory.measures))
+    ways = _ways(request, train, tensor)
+    roomiest = plan_fullest(ways[-1], request.cluster, _LADDER[-1])
+    for job in ways if _fits_gpu(roomiest) else ():
+        if not _fits_gpu(plan_fullest(job, request.cluster, _LADDER[-1])):
+            continue
+        memories = (plan_fullest(job, request.cluster, rung) for rung in _LADDER)
+        plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
+        if plans:
+            best = min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
+            return replace(best, memory=plan_memory(job, request.cluster, best.memory.measures))
     reason = refusal(roomiest)
     assert reason is not None
     generates = roomiest.fullest.peak.phase is Phase.GENERATION
@@ -203,11 +208,21 @@ def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | 
     )
 
 
-def _ways(request: PlanRequest, train: ParallelLayout, tensor: int) -> Iterator[Job]:
-    """The jobs of a pair of layouts: fewer rows at once, then recomputation, where it must be."""
-    for mode in Recompute:
-        for rows in request.row_choices or (None,):
-            yield _job(request, train, tensor, mode, rows)
+def _ways(request: PlanRequest, train: ParallelLayout, tensor: int) -> list[Job]:
+    """The jobs of a pair of layouts, each needing less memory than the one before.
+
+    Fewer rows at once come first, then recomputation.
+    """
+    return [
+        _job(request, train, tensor, mode, rows)
+        for mode in Recompute
+        for rows in request.row_choices or (None,)
+    ]
+
+
+def _fits_gpu(memory: MemoryPlan) -> bool:
+    """Whether the GPUs have room; what offloading needs of the host is another question."""
+    return memory.peak_bytes <= memory.budget_bytes
 
 
 def _timed(job: Job, cluster: ClusterConfig, memory: MemoryPlan) -> Plan:

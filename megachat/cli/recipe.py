@@ -17,7 +17,7 @@ from megachat.planner.job import Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure
 from megachat.planner.report import plan_lines
-from megachat.planner.search import Plan, PlanRequest, fits_somewhere, search
+from megachat.planner.search import Plan, PlanRequest, SearchResult, fits_somewhere, search
 
 if TYPE_CHECKING:
     from megachat.stages.config import RunConfig
@@ -28,7 +28,7 @@ micro-batch where they fit. DeepSpeed-Chat's OPT scripts for one node have 4."""
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 256
 BLOCK_TOKENS = 16
 """`rlhf.generation.block_size`."""
-_ALIKE = 0.1
+_CLOSE = 0.1
 """Predicted times that differ by no larger part are taken to be equal: predictions err by more."""
 _MOST_NODES = 64
 """Of the clusters that a refusal looks for one in."""
@@ -104,21 +104,17 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 def explanation(plan: Plan, models: RecipeModels) -> list[str]:
     """What was chosen, why, and the command that plans the same; for a dry run."""
-    result = search(_request(*_architectures(models), plan.cluster))
+    result = _searched(*_architectures(models), plan.cluster)
     fullest = plan.memory.fullest
-    fitting = len(result.plans)
+    fitting, fastest = len(result.plans), result.plans[0]
     return [
         f"Chosen for {_where(plan.cluster)} by `megachat plan`; every number is predicted:",
         *(f"  {line}" for line in plan_lines(plan)),
         f"  Fullest: phase {fullest.peak.phase} on ranks {fullest.ranks[0]}-{fullest.ranks[-1]}.",
-        f"Why: the fastest of {fitting} pair{'s' if fitting > 1 else ''} of layouts that fit, of "
-        f"{fitting + len(result.refusals)}.",
-        *(f"  {line}" for line in _simpler(plan)),
-        *(
-            f"  {item.train}, without a pipeline, does not fit: {item.reason}"
-            for item in result.refusals
-            if item.train.pipeline == 1 and plan.job.actor.layout.pipeline > 1
-        ),
+        f"Why: {fitting} of {fitting + len(result.refusals)} pairs of layouts fit; the simplest of "
+        f"the {len(_alike(result.plans))} that are predicted to take at most {1 + _CLOSE:g} times "
+        f"as long as the fastest ({fastest.job.actor.layout}, {fastest.seconds.total:.1f} s).",
+        *(f"  {line}" for line in _simpler(plan, result)),
         f"The same plan: {command(plan, models)}",
     ]
 
@@ -200,7 +196,7 @@ def _sizes(width: int) -> Iterator[tuple[int, int]]:
 def _chosen(
     actor: OptConfig, critic: OptConfig, cluster: ClusterConfig, models: RecipeModels
 ) -> Plan:
-    result = search(_request(actor, critic, cluster))
+    result = _searched(actor, critic, cluster)
     if result.plans:
         return _simplest(result.plans)
     enough = smallest_cluster(actor, critic, cluster)
@@ -214,11 +210,20 @@ def _chosen(
     raise CapacityError(f"{what}: {result.nearest_refusal}; {advice}")
 
 
+@cache
+def _searched(actor: OptConfig, critic: OptConfig, cluster: ClusterConfig) -> SearchResult:
+    return search(_request(actor, critic, cluster))
+
+
+def _alike(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans whose times are too close to the fastest's to tell apart."""
+    return [plan for plan in plans if plan.seconds.total <= (1 + _CLOSE) * plans[0].seconds.total]
+
+
 def _simplest(plans: Sequence[Plan]) -> Plan:
-    """Of plans whose times are too close to tell apart, the one with fewest moving parts."""
-    alike = [plan for plan in plans if plan.seconds.total <= (1 + _ALIKE) * plans[0].seconds.total]
+    """Of plans about as fast as the fastest, the one with fewest moving parts."""
     return min(
-        alike,
+        _alike(plans),
         key=lambda plan: (
             plan.job.actor.recompute is not Recompute.NONE,
             plan.job.actor.layout.pipeline,
@@ -262,8 +267,11 @@ def _architectures(models: RecipeModels) -> tuple[OptConfig, OptConfig]:
     return found[0], found[1]
 
 
-def _simpler(plan: Plan) -> Iterator[str]:
-    """What the next simpler ways of running the same layouts lack."""
+def _simpler(plan: Plan, result: SearchResult) -> Iterator[str]:
+    """What the next simpler ways of running the recipe lack."""
+    flat = [item for item in result.refusals if item.train.pipeline == 1]
+    if flat and plan.job.actor.layout.pipeline > 1:
+        yield f"Without a pipeline, {flat[0].train}: {flat[0].reason}."
     job, cluster, measures = plan.job, plan.cluster, plan.memory.measures
     if measures:
         dropped = max(measures, key=list(Measure).index)

@@ -167,6 +167,7 @@ class _Planner:
     def __init__(self, job: Job, cluster: ClusterConfig, measures: frozenset[Measure]) -> None:
         self._job = job
         self._measures = measures
+        self._graphs = graph_bytes(job)
         self._cluster, self._allocator = cluster, cluster.allocator
         self._generations: dict[tuple[int, int], PhaseMemory] = {}
         self.reserved = reserved_memory(job, cluster)
@@ -209,7 +210,7 @@ class _Planner:
             actor_stage=actor_stage,
             critic_stage=critic_stage,
             scorers_away=Measure.OFFLOAD_SCORERS in self._measures,
-            graphs=graph_bytes(job),
+            graphs=self._graphs,
             arena=self._arena_rounding(actor_stage),
             allocator=self._allocator,
         )
@@ -263,7 +264,7 @@ class _Planner:
         yield on_device(Role.ACTOR, Pool.FOREIGN_BLOCKS, foreign)
         yield on_device(Role.ACTOR, Pool.KV_CACHE, cache_bytes)
         yield on_device(Role.ACTOR, Pool.WORKSPACE, generation_workspace(job))
-        yield on_device(Role.ACTOR, Pool.GRAPHS, graph_bytes(job))
+        yield on_device(Role.ACTOR, Pool.GRAPHS, self._graphs)
         if self._allocator is Allocator.CACHING:
             own = held_rounding(job.actor, actor_stage) + workspace_rounding()
             yield on_device(Role.ACTOR, Pool.ROUNDING, own)

@@ -9,7 +9,8 @@ from megachat.errors import CapacityError, LayoutError
 from megachat.parallel.layout import ParallelLayout
 from megachat.planner.hardware import GB, ClusterConfig, cluster_config
 from megachat.planner.job import Job, Role, Workload
-from megachat.planner.memory import check_plan, plan_memory, refusal, trained_bytes
+from megachat.planner.memory import check_plan, plan_memory, refusal
+from megachat.planner.pools import trained_bytes
 from megachat.planner.records import (
     Measure,
     MemoryPlan,
@@ -39,8 +40,10 @@ def cluster_with_budget(job: Job, num_bytes: int) -> ClusterConfig:
     gigabytes = num_bytes / GB
     while int(gigabytes * GB) < num_bytes:
         gigabytes = math.nextafter(gigabytes, math.inf)
-    cluster = cluster_of(job, memory_gb=gigabytes, reserved_gb=0.0, host_memory_gb=1e6)
-    assert cluster.budget_bytes == num_bytes
+    cluster = cluster_of(
+        job, memory_gb=gigabytes, reserved_gb=0.0, margin=0.0, host_memory_gb=1e6
+    )
+    assert cluster.gpu_bytes == num_bytes
     return cluster
 
 

@@ -83,20 +83,20 @@ def recipe_cluster(deployment: DeploymentType, machine: Machine) -> "ClusterConf
             )
         return None
     nodes, gpus = _SIZES[deployment]
-    asked = machine.nodes or nodes, machine.gpus_per_node or gpus
-    if (deployment is not DeploymentType.MULTI_NODE and asked[0] > 1) or (
-        deployment is DeploymentType.SINGLE_GPU and asked[1] > 1
-    ):
+    nodes = nodes if machine.nodes is None else machine.nodes
+    gpus = gpus if machine.gpus_per_node is None else machine.gpus_per_node
+    too_many_nodes = deployment is not DeploymentType.MULTI_NODE and nodes > 1
+    if too_many_nodes or (deployment is DeploymentType.SINGLE_GPU and gpus > 1):
         raise ConfigError(
-            f"--deployment-type {deployment} is not {asked[0]} x {asked[1]} GPUs: use "
-            f"{DeploymentType.SINGLE_NODE if asked[0] == 1 else DeploymentType.MULTI_NODE}"
+            f"--deployment-type {deployment} is not {nodes} x {gpus} GPUs: use "
+            f"{DeploymentType.MULTI_NODE if too_many_nodes else DeploymentType.SINGLE_NODE}"
         )
     if machine.gpu is not None and machine.gpu not in list(Gpu):
         raise ConfigError(f"--gpu {machine.gpu}: expected one of {', '.join(Gpu)}")
     return cluster_config(
         Gpu(machine.gpu or Gpu.A100_80),
-        nodes=nodes if machine.nodes is None else machine.nodes,
-        gpus_per_node=gpus if machine.gpus_per_node is None else machine.gpus_per_node,
+        nodes=nodes,
+        gpus_per_node=gpus,
         gpu_memory_gb=machine.gpu_memory_gb,
     )
 

@@ -13,7 +13,7 @@ from megachat.cli.plan import find_architecture
 from megachat.errors import CapacityError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig, Recompute
 from megachat.planner.hardware import GB, ClusterConfig
-from megachat.planner.job import Workload
+from megachat.planner.job import Job, Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure
 from megachat.planner.report import plan_lines
@@ -288,16 +288,19 @@ def _simpler(plan: Plan, result: SearchResult) -> Iterator[str]:
             actor=replace(job.actor, micro_batch_rows=rows),
             critic=replace(job.critic, micro_batch_rows=rows),
         )
-        reason = refusal(plan_memory(wider, cluster, frozenset(Measure)))
-        yield f"With {rows} rows at once: {reason}."
+        yield f"With {rows} rows at once: {_refusal_of(wider, cluster)}."
     if job.actor.recompute is Recompute.FULL:
         kept = replace(
             job,
             actor=replace(job.actor, recompute=Recompute.NONE),
             critic=replace(job.critic, recompute=Recompute.NONE),
         )
-        reason = refusal(plan_memory(kept, cluster, frozenset(Measure)))
-        yield f"Without recomputation: {reason}."
+        yield f"Without recomputation: {_refusal_of(kept, cluster)}."
+
+
+def _refusal_of(job: Job, cluster: ClusterConfig) -> str:
+    """Why a job does not fit whatever is lent or offloaded."""
+    return refusal(plan_memory(job, cluster, frozenset(Measure))) or "fits with more measures"
 
 
 def _where(cluster: ClusterConfig) -> str:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from megachat.errors import CapacityError
 from megachat.parallel.layout import ParallelLayout
-from megachat.planner.allocator import workspace_rounding
+from megachat.planner.allocator import STRANDED_BYTES, workspace_rounding
 from megachat.planner.graphs import graph_bytes
 from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
@@ -267,7 +267,7 @@ class _Planner:
         yield on_device(Role.ACTOR, Pool.GRAPHS, self._graphs)
         if self._allocator is Allocator.CACHING:
             own = held_rounding(job.actor, actor_stage) + workspace_rounding()
-            yield on_device(Role.ACTOR, Pool.ROUNDING, own)
+            yield on_device(Role.ACTOR, Pool.ROUNDING, own + STRANDED_BYTES)
             yield on_device(Role.CRITIC, Pool.ROUNDING, held_rounding(job.critic, critic_stage))
         for item in trained_pools(Role.CRITIC, job.critic, critic_stage):
             offloaded = item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_CRITIC in measures

@@ -32,16 +32,24 @@ production classes live as any rank of such a job on fake tensors, and the test 
 within 1 % of each other for ranks of all three models. Activations and workspace follow from
 formulas, times from data sheets and assumed efficiencies (`megachat/planner/hardware.py`).
 
+A GPU's memory is taken by more than tensors. *Beside tensors* are CUDA's context and modules,
+cuBLAS' workspaces and NCCL's buffers, which are counted for each communicator of the job
+(`megachat/planner/reserved.py` and `communicators.py` say from which sources), and a margin of 3 %
+that no plan fills. *Rounding* is what torch's caching allocator takes beyond the tensors' own
+bytes, a bound from its rules (`allocator.py`); *graphs* are recorded decode steps (`graphs.py`).
+`--reserved-gb` of `megachat plan` replaces the count of what is beside tensors; the margin stays.
+
 One PPO step is 1024 prompts x (256 prompt + 256 response) tokens. GPUs are A100 of 80 GB (10^9
-bytes, 4 of them set aside for what no plan sees), eight to a node; critic and reward model are
-OPT-350M. Layouts, recomputation and what leaves the GPU during generation are the planner's own
-choice: of everything that fits, what is predicted to be fastest. In the tables, *lent* means that
-the memory serves foreign blocks and cache meanwhile, *on host* that the pool is in pinned host
-memory; foreign blocks are the part of the generation weights that other ranks train. A run takes
-such measures where `rlhf.memory` says so.
+bytes), eight to a node; critic and reward model are OPT-350M. Layouts, recomputation and what
+leaves the GPU during generation are the planner's own choice: of everything that fits, what is
+predicted to be fastest. In the tables, *lent* means that the memory serves foreign blocks and cache
+meanwhile, *on host* that the pool is in pinned host memory; foreign blocks are the part of the
+generation weights that other ranks train. A run takes such measures where `rlhf.memory` says so.
 
 `megachat train` makes the same computation for its own configuration before it starts anything,
-and refuses a run that cannot fit (`launch.memory_check`).
+and refuses a run that cannot fit (`launch.memory_check`). With `--actor-model` it also takes the
+planner's layouts, for the batches of the published recipe (four prompts a GPU, not 1024 in all):
+`--dry-run` shows what was chosen and why.
 """
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,8 @@ import typer
 
 from megachat.cli.build_kernels import build_kernels
 from megachat.cli.fetch import fetch
-from megachat.cli.plan import plan
-from megachat.cli.presets import DeploymentType
+from megachat.cli.plan import plan, takes_options
+from megachat.cli.presets import DeploymentType, Machine
 from megachat.errors import MegachatError
 
 if TYPE_CHECKING:
@@ -46,49 +47,114 @@ EXIT_CODE = 2
 """Exit status of errors that the user can mend."""
 
 
-@app.command()
-def train(
-    config: ConfigOption = None,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """The options of `megachat train`; every field is one."""
+
+    config: ConfigOption = None
     actor_model: Annotated[
         str | None, typer.Option(help="OPT to start from: hub name or HuggingFace folder.")
-    ] = None,
+    ] = None
     reward_model: Annotated[
         str | None, typer.Option(help="OPT for reward model and critic, likewise.")
-    ] = None,
+    ] = None
     deployment_type: Annotated[
         DeploymentType | None, typer.Option(help="Where to run, with --actor-model.")
-    ] = None,
-    overrides: SetOption = None,
-    dry_run: DryRunOption = False,
-) -> None:
+    ] = None
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that the run is planned for: a100-40, a100-80 (default) or h100-80."
+        ),
+    ] = None
+    nodes: Annotated[
+        int | None, typer.Option(help="Machines, where not the deployment type's.")
+    ] = None
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs in each machine, likewise.")] = (
+        None
+    )
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's.")
+    ] = None
+    overrides: SetOption = None
+    dry_run: DryRunOption = False
+
+    @property
+    def machine(self) -> Machine:
+        """What is said of the GPUs."""
+        return Machine(
+            gpu=self.gpu,
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node,
+            gpu_memory_gb=self.gpu_memory_gb,
+        )
+
+    def check(self) -> None:
+        """Refuses options that exclude each other."""
+        if self.config is not None and self.actor_model is not None:
+            raise typer.BadParameter("give either --config or --actor-model")
+        if self.actor_model is None and (
+            self.reward_model is not None
+            or self.deployment_type is not None
+            or self.machine.is_stated
+        ):
+            raise typer.BadParameter(
+                "--reward-model, --deployment-type, --gpu, --nodes, --gpus-per-node and "
+                "--gpu-memory-gb need --actor-model"
+            )
+
+
+@app.command()
+@takes_options(TrainOptions)
+def train(options: TrainOptions) -> None:
     """Run all three stages; completed ones are skipped.
 
     Without options it trains the tiny CPU example. With --actor-model it runs the DeepSpeed-Chat
-    recipe for that model.
+    recipe for that model, cut over the GPUs as the planner finds best.
     """
     with _errors_in_one_line():
-        from megachat.cli.presets import paper_tree, tiny_example
+        options.check()
+        from megachat.cli.presets import DEFAULT_REWARD_MODEL, paper_tree, tiny_example
         from megachat.config import apply_override, build_config, read_toml
         from megachat.data.config import Stage
         from megachat.stages.config import RunConfig
 
-        if config is not None and actor_model is not None:
-            raise typer.BadParameter("give either --config or --actor-model")
-        if actor_model is not None:
+        overrides = options.overrides or ()
+        if options.actor_model is None:
+            path = options.config if options.config is not None else tiny_example()
+            source, tree = str(path), read_toml(path)
+        else:
             source = "--actor-model"
             tree = paper_tree(
-                actor_model,
-                reward_model=reward_model or "facebook/opt-350m",
-                deployment=deployment_type or DeploymentType.CPU,
+                options.actor_model,
+                reward_model=options.reward_model or DEFAULT_REWARD_MODEL,
+                deployment=options.deployment_type or DeploymentType.CPU,
+                machine=options.machine,
             )
-        else:
-            if reward_model is not None or deployment_type is not None:
-                raise typer.BadParameter("--reward-model, --deployment-type need --actor-model")
-            path = config if config is not None else tiny_example()
-            source, tree = str(path), read_toml(path)
-        for override in overrides or ():
+        for override in overrides:
             apply_override(tree, override)
-        _run(build_config(RunConfig, tree, source=source), list(Stage), dry_run=dry_run)
+        config = build_config(RunConfig, tree, source=source)
+        if options.dry_run and options.actor_model is not None:
+            config.check()
+            for line in _recipe_lines(options, config):
+                typer.echo(line)
+        _run(config, list(Stage), dry_run=options.dry_run)
+
+
+def _recipe_lines(options: TrainOptions, config: "RunConfig") -> "list[str]":
+    """What was chosen for --actor-model and why, and whether it holds after the overrides."""
+    from megachat.cli.presets import DEFAULT_REWARD_MODEL, recipe_cluster
+    from megachat.cli.recipe import RecipeModels, choose, explanation, verdict
+
+    assert options.actor_model is not None
+    models = RecipeModels(
+        actor=options.actor_model, reward=options.reward_model or DEFAULT_REWARD_MODEL
+    )
+    cluster = recipe_cluster(options.deployment_type or DeploymentType.CPU, options.machine)
+    if cluster is None:
+        return ["Chosen for one process on this machine's processor; memory is checked at start."]
+    lines = explanation(choose(models, cluster), models)
+    return lines + (verdict(config, cluster) if options.overrides else [])
 
 
 @app.command()
@@ -147,16 +213,19 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
         from megachat.parallel.launch import prepare_ranks
 
         prepare_ranks(config.launch, "megachat.stages.run")
+    if dry_run:
+        from megachat.stages.status import describe_run
+
+        typer.echo(describe_run(config))
+        return
     from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
     from megachat.stages.inputs import fetch_missing, inputs_of
-    from megachat.stages.run import completed_stages, describe_run, run_stages
+    from megachat.stages.run import run_stages
+    from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
-    if dry_run:
-        typer.echo(describe_run(config))
-        return
     done = completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
     warning = check_memory(config, stages)

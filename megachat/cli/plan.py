@@ -43,7 +43,10 @@ class PlanOptions:
     ] = None
     reserved_gb: Annotated[
         float | None,
-        typer.Option(help="Part of it for the CUDA context, NCCL, kernels and fragments."),
+        typer.Option(
+            help="Part of it that is taken beside tensors (CUDA context, NCCL's buffers, "
+            "workspaces), in place of the planner's own count."
+        ),
     ] = None
     host_memory_gb: Annotated[
         float | None, typer.Option(help="Pinned host memory of a node, 10^9 bytes.")
@@ -191,6 +194,24 @@ def _request(options: PlanOptions) -> "PlanRequest":
         block_tokens=options.block_tokens,
         max_sequences=options.max_sequences,
     )
+
+
+def find_architecture(model: str) -> "OptConfig | None":
+    """An OPT by its hub name, from a folder or from the hub's cache; None: it is not here.
+
+    Asks no network.
+
+    Raises:
+        ConfigError: A folder without a `config.json` of an OPT.
+    """
+    from megachat.model.config import OPT_MODELS
+
+    if model in OPT_MODELS:
+        return OPT_MODELS[model]
+    from megachat.hub import folder_on_disk  # the hub's client, for names that are looked up only
+
+    folder = folder_on_disk(model)
+    return None if folder is None else architecture(str(folder))
 
 
 def architecture(model: str) -> "OptConfig":

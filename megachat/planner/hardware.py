@@ -25,17 +25,38 @@ class Gpu(StrEnum):
     H100_80 = "h100-80"
 
 
+class Allocator(StrEnum):
+    """Who hands out the memory of tensors."""
+
+    CACHING = "caching"
+    """torch's caching allocator for CUDA, in segments; see `megachat.planner.allocator`."""
+    EXACT = "exact"
+    """One that takes what is asked for, as on a CPU."""
+
+
 class ClusterConfig(ConfigModel):
     """Equal nodes of equal GPUs; the defaults are those of `Gpu.A100_80`."""
 
     nodes: int = Field(default=1, ge=1, description="Machines of the job.")
     gpus_per_node: int = Field(default=8, ge=1, description="GPUs in each machine.")
     gpu_memory_gb: float = Field(default=80.0, gt=0, description="Memory of one GPU, 10^9 bytes.")
-    reserved_gb: float = Field(
-        default=4.0,
+    reserved_gb: float | None = Field(
+        default=None,
         ge=0,
-        description="Memory of one GPU that no plan uses: CUDA context, NCCL buffers, kernels' "
-        "own workspace, fragments.",
+        description="Memory of one GPU that is taken beside torch's tensors. None has the planner "
+        "count it: CUDA context, workspaces, NCCL's buffers. A number replaces that count.",
+    )
+    margin: float = Field(
+        default=0.03,
+        ge=0,
+        lt=1,
+        description="Part of a GPU's memory that a plan leaves free, for what it cannot know.",
+    )
+    allocator: Allocator = Field(
+        default=Allocator.CACHING, strict=False, description="Who hands out tensors' memory."
+    )
+    matmul_workspace_mib: float = Field(
+        default=8.125, ge=0, description="Of cuBLAS, for each stream that multiplies matrices."
     )
     host_memory_gb: float = Field(
         default=2000.0, ge=0, description="Pinned host memory a node can give, 10^9 bytes."
@@ -90,9 +111,14 @@ class ClusterConfig(ConfigModel):
         return self.nodes * self.gpus_per_node
 
     @property
-    def budget_bytes(self) -> int:
-        """Bytes of one GPU that a plan may use."""
-        return int((self.gpu_memory_gb - self.reserved_gb) * GB)
+    def gpu_bytes(self) -> int:
+        """Memory of one GPU."""
+        return int(self.gpu_memory_gb * GB)
+
+    @property
+    def margin_bytes(self) -> int:
+        """Bytes of one GPU that a plan leaves free."""
+        return int(self.gpu_memory_gb * self.margin * GB)
 
     @property
     def host_budget_bytes(self) -> int:
@@ -143,12 +169,14 @@ PRESETS: dict[Gpu, dict[str, float]] = {
         "node_link_gbps": 450.0,
         "network_gbps": 50.0,
         "host_link_gbps": 64.0,
+        "matmul_workspace_mib": 32.0,
     },
 }
 """NVIDIA's data sheets: A100 (2021: 312 TFLOPS bf16, 1,555 and 2,039 GB/s, NVLink 600 GB/s both
 ways, PCIe 4 x16), H100 SXM (2023: 989 TFLOPS without sparsity, 3.35 TB/s, NVLink 900 GB/s both
 ways, PCIe 5 x16); network and host memory of DGX A100 (8 x 200 Gb/s HDR, 1 and 2 TB) and DGX H100
-(8 x 400 Gb/s NDR, 2 TB)."""
+(8 x 400 Gb/s NDR, 2 TB). cuBLAS' workspaces are those that torch chooses
+(`ATen/cuda/CublasHandlePool.cpp`: 32 MiB on Hopper, 8.125 MiB before)."""
 
 
 def cluster_config(gpu: Gpu = Gpu.A100_80, **values: Any) -> ClusterConfig:

@@ -133,6 +133,8 @@ class Job:
     """Sequences that one replica has in work at once; None: as many as the cache holds."""
     cache_bytes: int | None = None
     """Size of the key/value cache; None: what generation leaves, at most what it needs."""
+    graphs: bool = True
+    """Whether decode steps are recorded as CUDA graphs."""
 
     def __post_init__(self) -> None:
         """Refuses generation layouts that the reshard cannot make, and rows that are too long.
@@ -166,6 +168,11 @@ class Job:
     def most_at_once(self) -> int:
         """Sequences that one replica may have in work at once."""
         return min(self.sequences, self.max_sequences or self.sequences)
+
+    @property
+    def blocks_per_sequence(self) -> int:
+        """Blocks of the cache that the longest sequence takes; its last token is never computed."""
+        return -(-(self.workload.sequence_tokens - 1) // self.block_tokens)
 
     @property
     def generation_layout(self) -> ParallelLayout:

@@ -1,26 +1,32 @@
-"""The one place that computes what every rank holds in every phase. Pure.
+"""Computes what every rank holds in every phase. Pure.
 
-Long-lived pools of a model that trains, for n parameters on the rank and data degree d:
-
-| precision | weights | gradients | masters | moments |
-|---|---|---|---|---|
-| bf16 | 2 n | 4 n | 4 n / d | 8 n / d |
-| fp32 | 4 n | 4 n + 4 n / d + two buckets | 4 n / d | 8 n / d |
-
-DeepSpeed's BF16_Optimizer accumulates the whole shard's gradients in fp32 on *every* data rank and
-keeps the buffer between steps; its fp32 optimizer holds gradients while a backward pass runs, and
-is planned at that moment. Models that only run forward have weights alone. Generation adds the
-foreign blocks of the weight arena and the key/value cache, which takes what is left.
+The long-lived pools of each model are those of `megachat.planner.pools`. Generation adds the
+foreign blocks of the weight arena and the key/value cache, which takes what is left. What the
+allocator rounds up (`megachat.planner.allocator`) and what recorded decode steps keep are pools
+too; memory that is taken beside tensors, and the margin, are not (`megachat.planner.reserved`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megachat.errors import CapacityError
-from megachat.planner.hardware import GB, ClusterConfig
+from megachat.parallel.layout import ParallelLayout
+from megachat.planner.allocator import STRANDED_BYTES, workspace_rounding
+from megachat.planner.graphs import graph_bytes
+from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
+from megachat.planner.pools import (
+    BUCKET_BYTES,
+    GRADIENT_BYTES,
+    held_rounding,
+    moved,
+    on_device,
+    trained_pools,
+    weight_rounding,
+    weights_of,
+)
 from megachat.planner.records import (
     CachePlan,
     Measure,
@@ -34,7 +40,8 @@ from megachat.planner.records import (
     merged,
     rank_ranges,
 )
-from megachat.planner.sizes import generation_elements, stage_elements
+from megachat.planner.reserved import reserved_memory
+from megachat.planner.sizes import generation_elements, stage_elements, stage_tensors
 from megachat.planner.transients import (
     Transients,
     generation_workspace,
@@ -42,11 +49,11 @@ from megachat.planner.transients import (
     training_transients,
 )
 
-_MASTER_BYTES, _MOMENT_BYTES, _GRADIENT_BYTES = 4, 8, 4
-"""Bytes per parameter; always fp32."""
+_GRANULE_BYTES = 2**21
+"""Of the driver's memory, from which the weight arena is mapped."""
 
-_BUCKET_BYTES = 2**28
-"""Gradients that fp32 training reduces in one call."""
+_TO_HOST = frozenset(Measure) - {Measure.REUSE_GRADIENTS}
+"""Measures that take host memory."""
 
 _OPTIMIZER_POOLS = (Pool.MASTERS, Pool.MOMENTS)
 
@@ -62,9 +69,40 @@ def plan_memory(
     Raises:
         LayoutError: The job does not fill the cluster, or its layouts do not fit each other.
     """
+    return _plan(job, cluster, measures, kinds=_rank_kinds(job))
+
+
+def plan_fullest(
+    job: Job, cluster: ClusterConfig, measures: frozenset[Measure] = frozenset()
+) -> MemoryPlan:
+    """The same of the ranks that can be the fullest, with the same peak, cache and refusal.
+
+    Of the stages between the first and the last, which hold the same otherwise, the first has most
+    micro-batches in flight. A search looks at these alone.
+    """
+    everything = _rank_kinds(job)
+    return _plan(
+        job,
+        cluster,
+        measures,
+        kinds={
+            kind: ranks
+            for kind, ranks in everything.items()
+            if job.critic.layout.pipeline > 1 or kind == _like(job, *kind)
+        },
+    )
+
+
+def _plan(
+    job: Job,
+    cluster: ClusterConfig,
+    measures: frozenset[Measure],
+    *,
+    kinds: Mapping[tuple[int, int], Sequence[int]],
+) -> MemoryPlan:
+    """A plan of some kinds of ranks."""
     job.check_cluster(cluster)
     planner = _Planner(job, cluster, measures)
-    kinds = _rank_kinds(job)
     cache = planner.cache(list(kinds))
     ranks = tuple(
         RankMemory(
@@ -79,9 +117,10 @@ def plan_memory(
         measures=measures,
         ranks=ranks,
         cache=cache,
-        budget_bytes=cluster.budget_bytes,
+        gpu_bytes=cluster.gpu_bytes,
+        reserved=planner.reserved,
         host_budget_bytes=cluster.host_budget_bytes,
-        host_bytes=_fullest_host(ranks, cluster),
+        host_bytes=planner.fullest_host(cache) if measures & _TO_HOST else 0,
     )
 
 
@@ -101,7 +140,7 @@ def refusal(plan: MemoryPlan) -> str | None:
         return (
             f"phase {peak.phase} needs {peak.total() / GB:.1f} GB on ranks "
             f"{rank_ranges(fullest.ranks)}, {plan.budget_bytes / GB:.1f} GB are usable (largest: "
-            f"{named})"
+            f"{named}; of {plan.gpu_bytes / GB:.1f} GB reserved: {plan.reserved})"
         )
     if plan.host_bytes > plan.host_budget_bytes:
         return (
@@ -122,34 +161,32 @@ def check_plan(plan: MemoryPlan) -> None:
         raise CapacityError(f"{reason}: use more GPUs, higher degrees, smaller batches")
 
 
-def trained_bytes(setup: RoleSetup) -> int:
-    """Bytes of the long-lived pools of a model that trains, on its fullest stage."""
-    return max(
-        sum(item.num_bytes for item in _trained(Role.CRITIC, setup, stage))
-        for stage in range(setup.layout.pipeline)
-    )
-
-
 class _Planner:
     """Computes phases; holds what all of them need."""
 
     def __init__(self, job: Job, cluster: ClusterConfig, measures: frozenset[Measure]) -> None:
         self._job = job
         self._measures = measures
-        self._budget = cluster.budget_bytes
+        self._graphs = graph_bytes(job)
+        self._cluster, self._allocator = cluster, cluster.allocator
+        self._generations: dict[tuple[int, int], PhaseMemory] = {}
+        self.reserved = reserved_memory(job, cluster)
+        """What is taken beside tensors."""
+        self._budget = cluster.gpu_bytes - self.reserved.num_bytes
 
     def cache(self, kinds: list[tuple[int, int]]) -> CachePlan:
         """The cache that fits beside everything else on the fullest rank."""
         job, config, tokens = self._job, self._job.actor.config, self._job.block_tokens
         values = 2 * config.layers * tokens * config.hidden // job.generation_tensor
         block_bytes = values * job.actor.value_bytes
-        # The last token of a response is never computed.
-        per_sequence = -(-(job.workload.sequence_tokens - 1) // tokens)
+        per_sequence = job.blocks_per_sequence
         needed = job.most_at_once * per_sequence
         if job.cache_bytes is not None:
             num_blocks = job.cache_bytes // block_bytes
         else:
-            free = min(self._free_for_cache(*kind) for kind in kinds)
+            free = min(
+                self._free_for_cache(*kind) for kind in {_like(job, *kind) for kind in kinds}
+            )
             num_blocks = min(needed, max(per_sequence, free // block_bytes))
         return CachePlan(
             block_tokens=tokens,
@@ -173,12 +210,27 @@ class _Planner:
             actor_stage=actor_stage,
             critic_stage=critic_stage,
             scorers_away=Measure.OFFLOAD_SCORERS in self._measures,
+            graphs=self._graphs,
+            arena=self._arena_rounding(actor_stage),
+            allocator=self._allocator,
         )
-        generation = PhaseMemory(
-            phase=Phase.GENERATION,
-            pools=merged(self._generation(actor_stage, critic_stage, cache.num_bytes)),
-        )
-        return (*_stage_phases(parts), generation, *_step_phases(parts))
+        like = _like(job, actor_stage, critic_stage)
+        if like not in self._generations:
+            self._generations[like] = PhaseMemory(
+                phase=Phase.GENERATION, pools=merged(self._generation(*like, cache.num_bytes))
+            )
+        return (*_stage_phases(parts), self._generations[like], *_step_phases(parts))
+
+    def fullest_host(self, cache: CachePlan) -> int:
+        """Host bytes of the fullest node in the fullest phase."""
+        used: dict[tuple[int, Phase], int] = defaultdict(int)
+        for kind, ranks in _rank_kinds(self._job).items():
+            phases = self.phases(*_like(self._job, *kind), cache)
+            totals = [(phase.phase, phase.total(Residence.HOST)) for phase in phases]
+            for rank in ranks:
+                for phase, total in totals:
+                    used[self._cluster.node_of(rank), phase] += total
+        return max(used.values())
 
     def _free_for_cache(self, actor_stage: int, critic_stage: int) -> int:
         """Bytes that the generation phase leaves on one kind of rank."""
@@ -200,28 +252,48 @@ class _Planner:
         job, measures = self._job, self._measures
         shard = generation_elements(job.actor, tensor=job.generation_tensor, stage=actor_stage)
         foreign = shard.foreign * job.actor.value_bytes
-        for item in _trained(Role.ACTOR, job.actor, actor_stage):
+        for item in trained_pools(Role.ACTOR, job.actor, actor_stage):
             if item.pool is Pool.GRADIENTS and Measure.REUSE_GRADIENTS in measures:
                 lent = min(item.num_bytes, foreign + cache_bytes)
-                yield _moved(item, Residence.LENT, lent)
-                yield _moved(item, Residence.DEVICE, item.num_bytes - lent)
+                yield moved(item, Residence.LENT, lent)
+                yield moved(item, Residence.DEVICE, item.num_bytes - lent)
             elif item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_OPTIMIZER in measures:
-                yield _moved(item, Residence.HOST, item.num_bytes)
+                yield moved(item, Residence.HOST, item.num_bytes)
             else:
                 yield item
-        yield _device(Role.ACTOR, Pool.FOREIGN_BLOCKS, foreign)
-        yield _device(Role.ACTOR, Pool.KV_CACHE, cache_bytes)
-        yield _device(Role.ACTOR, Pool.WORKSPACE, generation_workspace(job))
-        for item in _trained(Role.CRITIC, job.critic, critic_stage):
+        yield on_device(Role.ACTOR, Pool.FOREIGN_BLOCKS, foreign)
+        yield on_device(Role.ACTOR, Pool.KV_CACHE, cache_bytes)
+        yield on_device(Role.ACTOR, Pool.WORKSPACE, generation_workspace(job))
+        yield on_device(Role.ACTOR, Pool.GRAPHS, self._graphs)
+        if self._allocator is Allocator.CACHING:
+            own = held_rounding(job.actor, actor_stage) + workspace_rounding()
+            yield on_device(Role.ACTOR, Pool.ROUNDING, own + STRANDED_BYTES)
+            yield on_device(Role.CRITIC, Pool.ROUNDING, held_rounding(job.critic, critic_stage))
+        for item in trained_pools(Role.CRITIC, job.critic, critic_stage):
             offloaded = item.pool in _OPTIMIZER_POOLS and Measure.OFFLOAD_CRITIC in measures
-            yield _moved(item, Residence.HOST, item.num_bytes) if offloaded else item
+            yield moved(item, Residence.HOST, item.num_bytes) if offloaded else item
         away = Measure.OFFLOAD_SCORERS in measures
         for role, setup, stage in (
             (Role.REFERENCE, job.actor, actor_stage),
             (Role.REWARD, job.critic, critic_stage),
         ):
-            for item in _weights(role, setup, stage):
-                yield _moved(item, Residence.HOST, item.num_bytes) if away else item
+            for item in weights_of(role, setup, stage):
+                yield moved(item, Residence.HOST, item.num_bytes) if away else item
+            if self._allocator is Allocator.CACHING and not away:
+                yield on_device(role, Pool.ROUNDING, weight_rounding(setup, stage))
+
+    def _arena_rounding(self, actor_stage: int) -> int:
+        """What granules of the arena hold of other ranks' weights while the actor trains.
+
+        Each parameter of a layer has a slot between those of others; the granule at either end
+        stays.
+        """
+        actor, degree = self._job.actor, self._job.generation_tensor
+        if not generation_elements(actor, tensor=degree, stage=actor_stage).foreign:
+            return 0
+        tensors = stage_tensors(actor, stage=actor_stage)
+        slots = tensors.num_layers * len(tensors.layer) + len(tensors.edges)
+        return 2 * _GRANULE_BYTES * slots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,9 +307,14 @@ class _Parts:
     critic_stage: int
     scorers_away: bool
     """Whether reference and reward model are in host memory except while scoring."""
+    graphs: int
+    """Bytes of recorded decode steps, which stay from one generation phase to the next."""
+    arena: int
+    """Bytes that the weight arena holds beyond the rank's own weights."""
+    allocator: Allocator
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
     """The first two stages of a run, one model each."""
     actor, critic, work = parts.actor, parts.critic, parts.workload
@@ -248,8 +325,9 @@ def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
             phase=Phase.SFT,
             pools=merged(
                 (
-                    *_trained(Role.ACTOR, actor, parts.actor_stage),
+                    *trained_pools(Role.ACTOR, actor, parts.actor_stage),
                     *_transient(Role.ACTOR, sft),
+                    *_rounded(Role.ACTOR, parts, transient=sft.rounding),
                 )
             ),
         ),
@@ -257,21 +335,24 @@ def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
             phase=Phase.REWARD_TRAINING,
             pools=merged(
                 (
-                    *_trained(Role.CRITIC, critic, parts.critic_stage),
+                    *trained_pools(Role.CRITIC, critic, parts.critic_stage),
                     *_transient(Role.CRITIC, pairs),
+                    *_rounded(Role.CRITIC, parts, transient=pairs.rounding),
                 )
             ),
         ),
     )
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
     """Scoring and training of a PPO step; the roles run one after the other."""
     actor, critic, work = parts.actor, parts.critic, parts.workload
     stages = {Role.ACTOR: (actor, parts.actor_stage), Role.CRITIC: (critic, parts.critic_stage)}
     trained = [
-        item for role, (setup, stage) in stages.items() for item in _trained(role, setup, stage)
+        item
+        for role, (setup, stage) in stages.items()
+        for item in trained_pools(role, setup, stage)
     ]
     scoring = {
         role: scoring_transients(
@@ -289,7 +370,14 @@ def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
     return (
         PhaseMemory(
             phase=Phase.SCORING,
-            pools=merged((*trained, *_scorers(parts, Residence.DEVICE), *_largest(scoring))),
+            pools=merged(
+                (
+                    *trained,
+                    *_scorers(parts, Residence.DEVICE),
+                    *_largest(scoring),
+                    *_step_overheads(parts, scoring, scorers_are_here=True),
+                )
+            ),
         ),
         PhaseMemory(
             phase=Phase.PPO_TRAINING,
@@ -298,10 +386,37 @@ def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
                     *trained,
                     *_scorers(parts, Residence.HOST if parts.scorers_away else Residence.DEVICE),
                     *_largest(training),
+                    *_step_overheads(parts, training, scorers_are_here=not parts.scorers_away),
                 )
             ),
         ),
     )
+
+
+def _step_overheads(
+    parts: _Parts, transients: Mapping[Role, Transients], *, scorers_are_here: bool
+) -> Iterator[PoolBytes]:
+    """Recorded steps, and what the allocator takes beyond tensors, in a phase of a PPO step."""
+    yield on_device(Role.ACTOR, Pool.GRAPHS, parts.graphs)
+    fullest = max(item.rounding for item in transients.values())
+    yield from _rounded(Role.ACTOR, parts, transient=fullest + parts.arena)
+    yield from _rounded(Role.CRITIC, parts, transient=0)
+    if scorers_are_here and parts.allocator is Allocator.CACHING:
+        for role, setup, stage in (
+            (Role.REFERENCE, parts.actor, parts.actor_stage),
+            (Role.REWARD, parts.critic, parts.critic_stage),
+        ):
+            yield on_device(role, Pool.ROUNDING, weight_rounding(setup, stage))
+
+
+def _rounded(role: Role, parts: _Parts, *, transient: int) -> Iterator[PoolBytes]:
+    """What the allocator takes beyond the tensors of a role that trains."""
+    if parts.allocator is Allocator.CACHING:
+        setup, stage = {
+            Role.ACTOR: (parts.actor, parts.actor_stage),
+            Role.CRITIC: (parts.critic, parts.critic_stage),
+        }[role]
+        yield on_device(role, Pool.ROUNDING, held_rounding(setup, stage) + transient)
 
 
 def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
@@ -310,52 +425,31 @@ def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
         (Role.REFERENCE, parts.actor, parts.actor_stage),
         (Role.REWARD, parts.critic, parts.critic_stage),
     ):
-        for item in _weights(role, setup, stage):
-            yield _moved(item, residence, item.num_bytes)
-
-
-@cache
-def _weights(role: Role, setup: RoleSetup, stage: int) -> tuple[PoolBytes, ...]:
-    elements = stage_elements(setup, stage=stage)
-    return (
-        _device(role, Pool.WEIGHTS, elements.layers * setup.value_bytes),
-        _device(role, Pool.EMBEDDINGS, elements.embeddings * setup.value_bytes),
-    )
-
-
-@cache
-def _trained(role: Role, setup: RoleSetup, stage: int) -> tuple[PoolBytes, ...]:
-    """Long-lived pools of a model that trains."""
-    elements = stage_elements(setup, stage=stage).total
-    share = -(-elements // setup.layout.data)
-    gradients = elements * _GRADIENT_BYTES
-    if setup.value_bytes == _GRADIENT_BYTES:
-        # fp32: the reduced share of the gradients beside the gradients, and two buckets.
-        gradients += share * _GRADIENT_BYTES + 2 * min(_BUCKET_BYTES, gradients)
-    return (
-        *_weights(role, setup, stage),
-        _device(role, Pool.GRADIENTS, gradients),
-        _device(role, Pool.MASTERS, share * _MASTER_BYTES),
-        _device(role, Pool.MOMENTS, share * _MOMENT_BYTES),
-    )
+        for item in weights_of(role, setup, stage):
+            yield moved(item, residence, item.num_bytes)
 
 
 def _training(
     setup: RoleSetup, stage: int, rows: int, tokens: int, *, answers: int = 1
 ) -> Transients:
     """Of a training step on a global batch; a row of pairs holds two answers."""
-    return training_transients(
+    transients = training_transients(
         setup,
         stage=stage,
         rows=answers * setup.rows_at_once(rows),
         tokens=tokens,
         num_micro_batches=setup.num_micro_batches(rows),
     )
+    if setup.layout.data == 1 or setup.value_bytes == GRADIENT_BYTES:
+        return transients  # with fp32 the buckets are counted as gradients
+    # Gradients on their way to the data rank that owns them, while the backward pass runs.
+    gradients = stage_elements(setup, stage=stage).total * GRADIENT_BYTES
+    return replace(transients, workspace=transients.workspace + 2 * min(BUCKET_BYTES, gradients))
 
 
 def _transient(role: Role, transients: Transients) -> Iterator[PoolBytes]:
-    yield _device(role, Pool.ACTIVATIONS, transients.activations)
-    yield _device(role, Pool.WORKSPACE, transients.workspace)
+    yield on_device(role, Pool.ACTIVATIONS, transients.activations)
+    yield on_device(role, Pool.WORKSPACE, transients.workspace)
 
 
 def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
@@ -364,32 +458,25 @@ def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
     return _transient(role, transients[role])
 
 
-def _device(role: Role, pool: Pool, num_bytes: int) -> PoolBytes:
-    return PoolBytes(role=role, pool=pool, residence=Residence.DEVICE, num_bytes=num_bytes)
-
-
-def _moved(item: PoolBytes, residence: Residence, num_bytes: int) -> PoolBytes:
-    return PoolBytes(role=item.role, pool=item.pool, residence=residence, num_bytes=num_bytes)
-
-
-def _rank_kinds(job: Job) -> dict[tuple[int, int], list[int]]:
+def _rank_kinds(job: Job) -> Mapping[tuple[int, int], Sequence[int]]:
     """(actor stage, critic stage) -> the ranks at both."""
+    return _kinds(job.actor.layout, job.critic.layout)
+
+
+@lru_cache(maxsize=256)
+def _kinds(
+    actor: ParallelLayout, critic: ParallelLayout
+) -> Mapping[tuple[int, int], Sequence[int]]:
     kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for rank in range(job.actor.layout.world_size):
-        stages = (
-            job.actor.layout.coordinate(rank).pipeline,
-            job.critic.layout.coordinate(rank).pipeline,
-        )
-        kinds[stages].append(rank)
+    for rank in range(actor.world_size):
+        kinds[actor.coordinate(rank).pipeline, critic.coordinate(rank).pipeline].append(rank)
     return kinds
 
 
-def _fullest_host(ranks: tuple[RankMemory, ...], cluster: ClusterConfig) -> int:
-    """Host bytes of the fullest node in the fullest phase."""
-    used: dict[tuple[int, Phase], int] = defaultdict(int)
-    for memory in ranks:
-        for phase in memory.phases:
-            total = phase.total(Residence.HOST)
-            for rank in memory.ranks:
-                used[cluster.node_of(rank), phase.phase] += total
-    return max(used.values(), default=0)
+def _like(job: Job, actor_stage: int, critic_stage: int) -> tuple[int, int]:
+    """Stages that hold the same but for micro-batches in flight: those between first and last."""
+    pairs = ((actor_stage, job.actor), (critic_stage, job.critic))
+    first, second = (
+        stage if stage == setup.layout.pipeline - 1 else min(stage, 1) for stage, setup in pairs
+    )
+    return first, second

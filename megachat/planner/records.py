@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from megachat.planner.job import Role
+from megachat.planner.reserved import Reserved
 
 
 class Phase(StrEnum):
@@ -42,6 +43,10 @@ class Pool(StrEnum):
     """Kept for backward passes, all micro-batches in flight."""
     WORKSPACE = "workspace"
     """Temporaries at the fullest moment."""
+    GRAPHS = "graphs"
+    """Recorded decode steps."""
+    ROUNDING = "rounding"
+    """What the allocator takes beyond the tensors' own bytes."""
 
 
 class Residence(StrEnum):
@@ -158,12 +163,19 @@ class MemoryPlan:
     measures: frozenset[Measure]
     ranks: tuple[RankMemory, ...]
     cache: CachePlan
-    budget_bytes: int
-    """Of one GPU."""
+    gpu_bytes: int
+    """Memory of one GPU."""
+    reserved: Reserved
+    """What tensors cannot have of it."""
     host_budget_bytes: int
     """Of one node."""
     host_bytes: int
     """Of the fullest node in the fullest phase."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes of one GPU that tensors may take."""
+        return self.gpu_bytes - self.reserved.num_bytes
 
     def during(self, phases: Collection[Phase]) -> "MemoryPlan":
         """The device memory of some phases alone."""

@@ -47,6 +47,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "measures": [measure.value for measure in Measure if measure in memory.measures],
         "memory": {
+            "gpu_bytes": memory.gpu_bytes,
+            "reserved": [
+                {"what": part.what.value, "bytes": part.num_bytes} for part in memory.reserved.parts
+            ],
             "budget_bytes": memory.budget_bytes,
             "peak_bytes": memory.peak_bytes,
             "host_budget_bytes": memory.host_budget_bytes,
@@ -144,6 +148,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{job.generation_layout}; critic: train {job.critic.layout} ({_how(job.critic)}).",
         f"Predicted peak: {_gb(plan.memory.peak_bytes)} of {_gb(plan.memory.budget_bytes)} GB "
         f"usable; host memory {_gb(plan.memory.host_bytes)} GB a node.",
+        f"Predicted beside tensors, GB of {plan.memory.gpu_bytes / GB:.1f}: {plan.memory.reserved} "
+        f"(left free, {plan.cluster.margin:.0%}).",
         f"During generation: {'; '.join(measures) or 'nothing has to move'}.",
         f"Predicted cache: {_gb(cache.num_bytes)} GB a rank, {cache.num_blocks} blocks of "
         f"{cache.block_tokens} tokens, {cache.concurrent} of {cache.sequences} sequences of a "

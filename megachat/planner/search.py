@@ -1,8 +1,9 @@
 """The one place that chooses: layouts, recomputation and what is lent or offloaded. Pure.
 
 A candidate is a training layout and a generation degree. For each, sets of measures are tried from
-none to all, without and, only where nothing else fits, with full recomputation; of those that fit,
-the one with the least predicted time is taken, and of equal ones the one with fewest measures.
+none to all; where none fits, with fewer rows at once if the request offers them, and only then with
+full recomputation. Of those that fit, the one with the least predicted time is taken, and of equal
+ones the one with fewest measures.
 Candidates are ranked by predicted time of a PPO step.
 """
 
@@ -14,7 +15,8 @@ from megachat.model.config import Head, OptConfig, Recompute, vocab_multiple_for
 from megachat.parallel.layout import GenerationPlacement, ParallelLayout
 from megachat.planner.hardware import ClusterConfig
 from megachat.planner.job import Job, RoleSetup, Workload
-from megachat.planner.memory import plan_memory, refusal, trained_bytes
+from megachat.planner.memory import plan_fullest, plan_memory, refusal
+from megachat.planner.pools import trained_bytes
 from megachat.planner.records import Measure, MemoryPlan, Phase
 from megachat.planner.time import StepSeconds, predict_seconds
 
@@ -64,6 +66,11 @@ class PlanRequest:
     """Prompt tokens that one step of generation computes at most."""
     max_sequences: int | None = None
     """Sequences that one replica has in work at once; None: as many as the cache holds."""
+    graphs: bool = True
+    """Whether decode steps are recorded as CUDA graphs."""
+    row_choices: tuple[int, ...] = ()
+    """Rows of a micro-batch of both roles to choose from, the preferred first; none: as the roles'
+    options say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,15 +112,20 @@ class SearchResult:
         """
         if self.plans:
             return self.plans[0]
+        raise CapacityError(f"{self.nearest_refusal}: use more GPUs or smaller batches")
+
+    @property
+    def nearest_refusal(self) -> str:
+        """Why the layouts that came closest do not fit."""
         count = len(self.refusals)
         if not count:
-            raise CapacityError("no layout divides this model over this cluster: change its size")
+            return "no layout divides this model over this cluster, change its size"
         first = self.refusals[0]
         shown = f"{first.train}" + (
             f" -> tp{first.generation_tensor}" if first.generation_tensor else ""
         )
         others = f" ({count - 1} other layouts are refused too)" if count > 1 else ""
-        raise CapacityError(f"{shown}: {first.reason}{others}: use more GPUs or smaller batches")
+        return f"{shown}: {first.reason}{others}"
 
 
 def search(request: PlanRequest) -> SearchResult:
@@ -136,6 +148,20 @@ def search(request: PlanRequest) -> SearchResult:
     plans.sort(key=lambda plan: plan.seconds.total)
     refused.sort(key=lambda item: item.excess_bytes)
     return SearchResult(plans=tuple(plans), refusals=tuple(item.refusal for item in refused))
+
+
+def fits_somewhere(request: PlanRequest) -> bool:
+    """Whether any pair of layouts fits; stops at the first, and predicts no time."""
+    for train in _training_layouts(request):
+        for tensor in _generation_degrees(request, train):
+            job = _ways(request, train, tensor)[-1]
+            roomiest = plan_fullest(job, request.cluster, _LADDER[-1])
+            if _fits_gpu(roomiest):
+                if any(plan_fullest(job, request.cluster, rung).fits for rung in _LADDER):
+                    return True
+            elif roomiest.fullest.peak.phase is not Phase.GENERATION:
+                break  # no generation degree could change it
+    return False
 
 
 def check_fits(request: PlanRequest) -> Plan:
@@ -161,13 +187,16 @@ class _Refused:
 
 def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | _Refused:
     """The fastest way to run one pair of layouts, or why there is none."""
-    for mode in Recompute:
-        job = _job(request, train, tensor, mode)
-        roomiest = plan_memory(job, request.cluster, _LADDER[-1])
-        if roomiest.fits:
-            memories = (plan_memory(job, request.cluster, rung) for rung in _LADDER)
-            plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
-            return min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
+    ways = _ways(request, train, tensor)
+    roomiest = plan_fullest(ways[-1], request.cluster, _LADDER[-1])
+    for job in ways if _fits_gpu(roomiest) else ():
+        if not _fits_gpu(plan_fullest(job, request.cluster, _LADDER[-1])):
+            continue
+        memories = (plan_fullest(job, request.cluster, rung) for rung in _LADDER)
+        plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
+        if plans:
+            best = min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
+            return replace(best, memory=plan_memory(job, request.cluster, best.memory.measures))
     reason = refusal(roomiest)
     assert reason is not None
     generates = roomiest.fullest.peak.phase is Phase.GENERATION
@@ -177,6 +206,23 @@ def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | 
         ),
         excess_bytes=roomiest.peak_bytes - roomiest.budget_bytes,
     )
+
+
+def _ways(request: PlanRequest, train: ParallelLayout, tensor: int) -> list[Job]:
+    """The jobs of a pair of layouts, each needing less memory than the one before.
+
+    Fewer rows at once come first, then recomputation.
+    """
+    return [
+        _job(request, train, tensor, mode, rows)
+        for mode in Recompute
+        for rows in request.row_choices or (None,)
+    ]
+
+
+def _fits_gpu(memory: MemoryPlan) -> bool:
+    """Whether the GPUs have room; what offloading needs of the host is another question."""
+    return memory.peak_bytes <= memory.budget_bytes
 
 
 def _timed(job: Job, cluster: ClusterConfig, memory: MemoryPlan) -> Plan:
@@ -234,8 +280,24 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _job(request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompute) -> Job:
-    """The job that a candidate stands for; `mode` applies where recomputation is left open."""
+def _job(
+    request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompute, rows: int | None
+) -> Job:
+    """The job that a candidate stands for.
+
+    Args:
+        request: What is planned.
+        train: The actor's training layout.
+        tensor: Generation degree.
+        mode: Recomputation, where the request leaves it open.
+        rows: Rows of a micro-batch of both roles; None: as the request says.
+    """
+    if rows is not None:
+        request = replace(
+            request,
+            actor_options=replace(request.actor_options, micro_batch_rows=rows),
+            critic_options=replace(request.critic_options, micro_batch_rows=rows),
+        )
     actor = _setup(request.actor, Head.LANGUAGE_MODEL, train, request.actor_options, mode)
     return Job(
         actor=replace(actor, vocab_multiple=vocab_multiple_for(train.tensor, tensor)),
@@ -245,6 +307,7 @@ def _job(request: PlanRequest, train: ParallelLayout, tensor: int, mode: Recompu
         block_tokens=request.block_tokens,
         prefill_tokens=request.prefill_tokens,
         max_sequences=request.max_sequences,
+        graphs=request.graphs,
     )
 
 
@@ -269,7 +332,7 @@ def _critic(request: PlanRequest, mode: Recompute) -> RoleSetup:
     setup = _setup(request.critic, Head.SCALAR, layout, options, mode)
     if options.layout is not None:
         return setup
-    allowed = _CRITIC_SHARE * request.cluster.budget_bytes
+    allowed = _CRITIC_SHARE * request.cluster.gpu_bytes
     for tensor in _divisors(request.cluster.gpus_per_node):
         layout = ParallelLayout.for_world(request.cluster.world_size, tensor=tensor)
         if _fits_evenly(request.critic, layout):

@@ -76,6 +76,10 @@ class _Table:
     """First stage outside the layers, the word embedding included."""
     last: Part
     """Last stage outside the layers, a copy of the word embedding not included."""
+    layer_tensors: tuple[Part, ...]
+    """Each parameter of a layer."""
+    first_tensors: tuple[Part, ...]
+    last_tensors: tuple[Part, ...]
 
 
 def stage_elements(setup: RoleSetup, *, stage: int) -> StageElements:
@@ -142,6 +146,36 @@ def mlp_elements(setup: RoleSetup) -> int:
     return setup.config.hidden * setup.config.ffn // setup.layout.tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTensors:
+    """Elements of each parameter of a rank of one pipeline stage."""
+
+    num_layers: int
+    layer: tuple[int, ...]
+    """Of one layer; all are alike."""
+    edges: tuple[int, ...]
+    """Outside the layers."""
+
+
+@cache
+def stage_tensors(setup: RoleSetup, *, stage: int) -> StageTensors:
+    """The parameters of a pipeline stage, one by one."""
+    table, last = _table_of(setup), setup.layout.pipeline - 1
+    edges: tuple[Part, ...] = ()
+    if stage == 0:
+        edges += table.first_tensors
+    if stage == last:
+        edges += table.last_tensors
+        if stage > 0 and setup.head is Head.LANGUAGE_MODEL:
+            edges += (table.words,)
+    tensor = setup.layout.tensor
+    return StageTensors(
+        num_layers=setup.config.layers // setup.layout.pipeline,
+        layer=tuple(part.on_rank(tensor) for part in table.layer_tensors),
+        edges=tuple(part.on_rank(tensor) for part in edges),
+    )
+
+
 def _edges(setup: RoleSetup, stage: int) -> Part:
     """The parameters of a stage outside the layers."""
     table, last = _table_of(setup), setup.layout.pipeline - 1
@@ -170,7 +204,15 @@ def _table(config: OptConfig, head: Head, tensor: int, vocab_multiple: int) -> _
         words=_part(spec for spec in specs if spec.name == WORD_EMBEDDING),
         first=_part(spec for spec in specs if spec.placement is Placement.FIRST_STAGE),
         last=_part(spec for spec in specs if spec.placement is Placement.LAST_STAGE),
+        layer_tensors=_parts(specs, Placement.LAYER),
+        first_tensors=_parts(specs, Placement.FIRST_STAGE),
+        last_tensors=_parts(specs, Placement.LAST_STAGE),
     )
+
+
+def _parts(specs: Iterable[TensorSpec], placement: Placement) -> tuple[Part, ...]:
+    """Each parameter of one place in the model."""
+    return tuple(_part([spec]) for spec in specs if spec.placement is placement)
 
 
 def _part(specs: Iterable[TensorSpec]) -> Part:

@@ -6,9 +6,10 @@ each rank. A rank receives its generation shard less what it trains of it; that 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megachat.planner.hardware import ClusterConfig
-from megachat.planner.job import Job
+from megachat.planner.job import Job, RoleSetup
 from megachat.planner.sizes import generation_elements, received_between_nodes
 
 
@@ -32,13 +33,18 @@ class StageTraffic:
 
 def reshard_traffic(job: Job, cluster: ClusterConfig) -> tuple[StageTraffic, ...]:
     """What the first rank of each pipeline stage receives."""
-    actor, unit, tensor = job.actor, job.actor.value_bytes, job.generation_tensor
+    return _traffic(job.actor, job.generation_tensor, cluster.gpus_per_node)
+
+
+@lru_cache(maxsize=1024)
+def _traffic(actor: RoleSetup, tensor: int, ranks_per_node: int) -> tuple[StageTraffic, ...]:
+    unit = actor.value_bytes
     first_ranks = range(0, actor.layout.world_size, actor.layout.tensor * actor.layout.data)
     traffic = []
     for stage, rank in enumerate(first_ranks):
         elements = generation_elements(actor, tensor=tensor, stage=stage)
         between = received_between_nodes(
-            actor, tensor=tensor, rank=rank, ranks_per_node=cluster.gpus_per_node
+            actor, tensor=tensor, rank=rank, ranks_per_node=ranks_per_node
         )
         traffic.append(
             StageTraffic(

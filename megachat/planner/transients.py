@@ -15,6 +15,7 @@ taken to be a flash kernel, which keeps no `[tokens, tokens]` matrix; dropout is
 from dataclasses import dataclass
 
 from megachat.model.config import Head, Recompute
+from megachat.planner.allocator import rounding, workspace_rounding
 from megachat.planner.job import Job, RoleSetup
 from megachat.planner.sizes import mlp_elements, word_elements
 
@@ -30,10 +31,12 @@ class Transients:
     """Bytes kept for backward passes of all micro-batches in flight."""
     workspace: int
     """Bytes on top, at the moment when both together are largest."""
+    rounding: int
+    """Bytes that torch's caching allocator takes beyond both."""
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Activations and workspace."""
         return self.activations + self.workspace
 
 
@@ -57,6 +60,8 @@ class _Units:
     """What a layer keeps, without recomputation."""
     gather: int
     """Buffer that holds a gathered hidden state under sequence parallelism."""
+    layer_tensors: tuple[int, ...]
+    """The same as `layer`, one by one."""
 
 
 def training_transients(
@@ -95,7 +100,12 @@ def training_transients(
     if is_first:
         moments.append((in_flight - 1) * kept + _embedding_backward(setup, units))
     activations = in_flight * kept + edge
-    return Transients(activations=activations, workspace=max(moments) - activations)
+    tensors = (units.shard,) if recomputes else units.layer_tensors
+    return Transients(
+        activations=activations,
+        workspace=max(moments) - activations,
+        rounding=in_flight * num_layers * rounding(tensors) + workspace_rounding(),
+    )
 
 
 def _layer_backward(setup: RoleSetup, units: _Units, *, is_first: bool, is_last: bool) -> int:
@@ -145,7 +155,7 @@ def scoring_transients(setup: RoleSetup, *, stage: int, rows: int, tokens: int) 
     if is_last and setup.head is Head.LANGUAGE_MODEL:
         workspace += units.logits + units.loss_chunks
         workspace += units.hidden + 3 * units.shard if units.gather else 0
-    return Transients(activations=0, workspace=workspace)
+    return Transients(activations=0, workspace=workspace, rounding=workspace_rounding())
 
 
 def generation_workspace(job: Job) -> int:
@@ -168,6 +178,10 @@ def _units(setup: RoleSetup, *, rows: int, tokens: int) -> _Units:
     shard = hidden // tensor if setup.is_sequence_parallel else hidden
     mlp = value * positions * config.ffn // tensor
     columns = setup.padded_vocab // tensor
+    # Four norms' inputs and outputs; queries, keys and values together; attended values; the
+    # MLP's; logarithms.
+    statistics = 4 * positions * config.heads // tensor
+    layer_tensors = (*[shard] * 4, 3 * hidden // tensor, hidden // tensor, mlp, statistics)
     return _Units(
         hidden=hidden,
         shard=shard,
@@ -175,7 +189,8 @@ def _units(setup: RoleSetup, *, rows: int, tokens: int) -> _Units:
         embed=value * positions * config.embed_dim,
         logits=value * positions * columns,
         loss_chunks=_loss_chunks(positions, columns),
-        layer=4 * shard + 4 * hidden // tensor + mlp + 4 * positions * config.heads // tensor,
+        layer=sum(layer_tensors),
+        layer_tensors=layer_tensors,
         gather=hidden if setup.is_sequence_parallel else 0,
     )
 

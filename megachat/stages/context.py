@@ -4,20 +4,22 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megachat.data.config import Stage
-from megachat.data.tokenizer import Tokenizer
 from megachat.errors import ConfigError
-from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import RoleSection, RunConfig
 from megachat.stages.results import MODEL_FOLDER, fingerprint
-from megachat.telemetry.metrics import MetricsWriter, NullMetricsWriter, open_metrics
 from megachat.telemetry.timers import PhaseTimers
+
+if TYPE_CHECKING:  # they take seconds to import, and a dry run needs folders and layouts alone
+    from megachat.data.tokenizer import Tokenizer
+    from megachat.parallel.groups import ProcessGroups
+    from megachat.telemetry.metrics import MetricsWriter, NullMetricsWriter
 
 STAGE_TITLES: Mapping[Stage, str] = {
     Stage.SFT: "Supervised fine-tuning",
@@ -40,11 +42,13 @@ class RunContext:
 
     config: RunConfig
     worker: Worker
-    tokenizer: Tokenizer
-    _groups: dict[ParallelLayout, ProcessGroups] = field(default_factory=dict)
+    tokenizer: "Tokenizer"
+    _groups: dict[ParallelLayout, "ProcessGroups"] = field(default_factory=dict)
 
-    def groups(self, role: RoleSection) -> ProcessGroups:
+    def groups(self, role: RoleSection) -> "ProcessGroups":
         """The communicators of a role, created once per layout; a collective call."""
+        from megachat.parallel.groups import ProcessGroups
+
         layout = role.layout(self.worker.world_size)
         if layout not in self._groups:
             self._groups[layout] = ProcessGroups.create(layout)
@@ -58,8 +62,10 @@ class RunContext:
         """Where a stage leaves its HuggingFace model."""
         return self.folder(stage) / MODEL_FOLDER
 
-    def open_metrics(self, stage: Stage) -> MetricsWriter | NullMetricsWriter:
+    def open_metrics(self, stage: Stage) -> "MetricsWriter | NullMetricsWriter":
         """The metrics writer of a stage: real on rank 0, silent elsewhere."""
+        from megachat.telemetry.metrics import open_metrics
+
         return open_metrics(self.folder(stage), rank=self.worker.rank)
 
     def timers(self) -> PhaseTimers:

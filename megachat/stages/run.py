@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
@@ -21,17 +20,14 @@ from megachat.stages.context import (
     STAGE_TITLES,
     TOKENIZER_RECORD,
     RunContext,
-    stage_fingerprint,
     stage_folder,
     tokenizer_fingerprint,
     tokenizer_folder,
 )
-from megachat.stages.inputs import describe_inputs, inputs_of
+from megachat.stages.inputs import inputs_of
 from megachat.stages.results import (
-    MODEL_FOLDER,
     StageMemory,
     StageResult,
-    read_result,
     write_json,
     write_result,
     write_text,
@@ -46,6 +42,7 @@ from megachat.stages.shared import (
     check_output,
     raise_together,
 )
+from megachat.stages.status import completed_stages
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
@@ -95,19 +92,6 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     context.close()
 
 
-def describe_run(config: RunConfig) -> str:
-    """The resolved configuration as JSON and the layouts of the roles, for `--dry-run`."""
-    world_size, done = config.launch.world_size, completed_stages(config)
-    lines = [config.model_dump_json(indent=2), f"ranks: {world_size}"]
-    for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
-        lines.append(f"layout of {name}: {role.layout(world_size)}")
-    for stage in Stage:
-        state = "complete" if stage in done else "to run"
-        lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
-    lines += describe_inputs(inputs_of(config, [stage for stage in Stage if stage not in done]))
-    return "\n".join(lines)
-
-
 def prepare_tokenizer(config: RunConfig) -> Tokenizer:
     """The tokenizer in the run folder, trained or copied there by the first rank.
 
@@ -149,22 +133,6 @@ def _open_run(config: RunConfig, stages: Sequence[Stage]) -> dict[Stage, StageRe
     done = completed_stages(config)
     _require_inputs(config, done, first=stages[0])
     write_json(config.run.output / "config.json", config.model_dump(mode="json"))
-    return done
-
-
-def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there.
-
-    Raises:
-        CheckpointError: A result file is not one.
-        ConfigError: A stage, asked for or not, was completed under another configuration.
-    """
-    done: dict[Stage, StageResult] = {}
-    for stage in Stage:
-        folder = stage_folder(config, stage)
-        result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
-        if result is not None and is_complete(folder / MODEL_FOLDER):
-            done[stage] = result
     return done
 
 

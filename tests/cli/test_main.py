@@ -1,4 +1,6 @@
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -149,5 +151,43 @@ def test_unwritable_output_is_one_line(run_file: Path, tmp_path: Path) -> None:
 def test_options_that_exclude_each_other_are_refused(run_file: Path) -> None:
     both = invoke("train", "--config", run_file, "--actor-model", "facebook/opt-125m")
     assert both.exit_code == EXIT_CODE
-    lonely = invoke("train", "--reward-model", "facebook/opt-350m")
-    assert lonely.exit_code == EXIT_CODE
+    for alone in (
+        ("--reward-model", "facebook/opt-350m"),
+        ("--deployment-type", "cpu"),
+        ("--nodes", "2"),
+        ("--gpus-per-node", "4"),
+        ("--gpu-memory-gb", "40"),
+        ("--gpu", "h100-80"),
+    ):
+        lonely = invoke("train", *alone)
+        assert lonely.exit_code == EXIT_CODE
+        assert "need --actor-model" in lonely.stderr.replace("\n", " ").replace("│", "")
+
+
+def test_a_machine_is_taken_from_the_command_line(tmp_path: Path) -> None:
+    result = invoke(
+        "train", "--actor-model", "facebook/opt-1.3b", "--deployment-type", "multi_node",
+        "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory-gb", "40",
+        "--set", f"run.output={tmp_path}", "--dry-run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Chosen for 2 x 4 GPUs of 40 GB" in result.output
+    assert "ranks: 8" in result.output
+
+
+def test_a_dry_run_waits_for_no_module_that_trains(tmp_path: Path) -> None:
+    command = [
+        "train", "--actor-model", "facebook/opt-66b", "--deployment-type", "multi_node",
+        "--set", f"run.output={tmp_path}", "--dry-run",
+    ]  # fmt: skip
+    heavy = ("megatron", "deepspeed", "transformers", "datasets", "tensorboard", "matplotlib")
+    code = (
+        f"import sys; from megachat.cli.main import app; app({command!r}, standalone_mode=False); "
+        f"sys.exit(' '.join(name for name in {heavy!r} if name in sys.modules) or 0)"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert result.returncode == 0, result.stderr
+    assert "layout of actor: tp8.pp2.dp4" in result.stdout

@@ -47,6 +47,17 @@ def test_layouts_can_be_fixed() -> None:
     assert content["critic"]["data"] == 64
 
 
+def test_a_stated_reserve_replaces_the_count() -> None:
+    memory = json.loads(run(f"{PLAN_175B} --reserved-gb 3 --train 8,8,1 --generate 8 --json"))[
+        "memory"
+    ]
+    assert {part["what"]: part["bytes"] for part in memory["reserved"]} == {
+        "stated": 3 * 10**9,
+        "margin": 24 * 10**8,
+    }
+    assert memory["budget_bytes"] == (80 - 3 - 2.4) * 10**9
+
+
 def test_the_search_is_ranked() -> None:
     content = json.loads(run(f"{PLAN_175B} --search --json --limit 2"))["search"]
     seconds = [plan["predicted_seconds"] for plan in content["plans"]]
@@ -93,6 +104,7 @@ def test_a_folder_of_a_model_is_read(tmp_path: Path) -> None:
         ("plan --model facebook/opt-125m --prompts 0", "ConfigError: prompts is 0"),
         ("plan --model facebook/opt-125m --limit 0", "--limit 0"),
         ("plan --model facebook/opt-175b", "CapacityError: "),
+        ("plan --model facebook/opt-175b", "of 80.0 GB reserved: context 0.8"),
     ],
 )
 def test_errors_are_one_line(command: str, message: str) -> None:

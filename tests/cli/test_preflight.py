@@ -206,6 +206,40 @@ def test_what_no_layout_can_cut_is_refused_before_the_launch(tmp_path: Path) -> 
         check_memory(run_config(tmp_path, "data.max_tokens=4096"), ALL)
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "capability", "fits"),
+    [(80, (8, 0), True), (80, (9, 0), True), (70, (8, 0), False)],
+)
+def test_the_recipe_passes_the_check_on_the_gpus_that_it_was_chosen_for(
+    memory: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gigabytes: int,
+    capability: tuple[int, int],
+    fits: bool,
+) -> None:
+    """OPT-175B on 64 GPUs, as each node's first process finds them."""
+    tree = paper_tree(
+        "facebook/opt-175b",
+        reward_model="facebook/opt-350m",
+        deployment=DeploymentType.MULTI_NODE,
+    )
+    for override in (f"run.output={tmp_path}", "launch.rendezvous=first:1"):
+        apply_override(tree, override)
+    config = build_config(RunConfig, tree, source="test")
+    memory.setattr(preflight, "select_device", lambda _: torch.device("cuda", 0))
+    memory.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    memory.setattr(
+        preflight,
+        "available_bytes",
+        lambda device: (gigabytes if device.type == "cuda" else 1000) * GB,
+    )
+    if fits:
+        assert check_memory(config, ALL) is None
+    else:
+        with pytest.raises(CapacityError, match="of 70.0 GB reserved: context"):
+            check_memory(config, ALL)
+
+
 def test_a_check_of_the_largest_run_takes_no_time(tmp_path: Path) -> None:
     config = run_config(
         tmp_path, "launch.processes=8", "launch.nodes=8", "launch.rendezvous=first:1",

@@ -3,23 +3,18 @@ from pathlib import Path
 import pytest
 
 from megachat.cli import presets
-from megachat.cli.presets import DeploymentType, paper_tree, tensor_degree, tiny_example
+from megachat.cli.presets import (
+    DeploymentType,
+    Machine,
+    paper_tree,
+    recipe_cluster,
+    tiny_example,
+)
 from megachat.config import build_config, load_config
 from megachat.errors import ConfigError
 from megachat.model.config import OPT_MODELS
+from megachat.ops.registry import Backend
 from megachat.stages.config import RunConfig
-
-
-@pytest.mark.parametrize("deployment", list(DeploymentType))
-@pytest.mark.parametrize("actor", list(OPT_MODELS))
-def test_recipe_is_a_valid_run_whose_layout_fits_the_model(
-    actor: str, deployment: DeploymentType
-) -> None:
-    tree = paper_tree(actor, reward_model="facebook/opt-350m", deployment=deployment)
-    config = build_config(RunConfig, tree, source="recipe")
-    config.check()
-    for role, model in ((config.models.actor, actor), (config.models.reward, "facebook/opt-350m")):
-        OPT_MODELS[model].validate_layout(role.layout(config.launch.world_size))
 
 
 def test_deployment_types_start_the_processes_of_the_paper() -> None:
@@ -37,12 +32,60 @@ def test_deployment_types_start_the_processes_of_the_paper() -> None:
     }
 
 
-def test_larger_models_get_a_larger_tensor_degree_but_never_more_than_there_are_ranks() -> None:
-    degrees = [tensor_degree(name, world_size=64) for name in OPT_MODELS]
-    assert degrees == sorted(degrees)
-    assert degrees[-1] == 8
-    assert tensor_degree("facebook/opt-175b", world_size=2) == 2
-    assert tensor_degree("/models/opt-13b", world_size=8) == 4
+@pytest.mark.parametrize(
+    ("deployment", "generation", "logprobs"),
+    [
+        (DeploymentType.CPU, Backend.CPU, Backend.CPU),
+        (DeploymentType.SINGLE_GPU, Backend.CUDA, Backend.CUDA),
+    ],
+)
+def test_kernels_are_those_of_the_device(
+    deployment: DeploymentType, generation: Backend, logprobs: Backend
+) -> None:
+    tree = paper_tree("facebook/opt-125m", reward_model="facebook/opt-350m", deployment=deployment)
+    config = build_config(RunConfig, tree, source="recipe")
+    assert config.rlhf.generation.backend is generation
+    assert config.models.actor.logprob_backend is logprobs
+
+
+def test_any_opt_is_for_the_processor_whatever_its_size() -> None:
+    for actor in OPT_MODELS:
+        tree = paper_tree(actor, reward_model="sft", deployment=DeploymentType.CPU)
+        build_config(RunConfig, tree, source="recipe").check()
+
+
+def test_a_machine_replaces_the_deployment_s_sizes() -> None:
+    machine = Machine(gpu="h100-80", nodes=4, gpus_per_node=4, gpu_memory_gb=96.0)
+    cluster = recipe_cluster(DeploymentType.MULTI_NODE, machine)
+    assert cluster is not None
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.gpu_memory_gb) == (4, 4, 96.0)
+    assert cluster.teraflops == 989.0
+    tree = paper_tree(
+        "facebook/opt-1.3b",
+        reward_model="facebook/opt-350m",
+        deployment=DeploymentType.MULTI_NODE,
+        machine=machine,
+    )
+    launch = build_config(RunConfig, tree, source="recipe").launch
+    assert (launch.nodes, launch.processes) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "machine", "message"),
+    [
+        (DeploymentType.CPU, Machine(gpu_memory_gb=40.0), "describe GPUs"),
+        (DeploymentType.SINGLE_GPU, Machine(gpus_per_node=4), "use single_node"),
+        (DeploymentType.SINGLE_NODE, Machine(nodes=2), "use multi_node"),
+        (DeploymentType.SINGLE_NODE, Machine(gpu="b200"), "--gpu b200: expected one of a100-40"),
+        (DeploymentType.MULTI_NODE, Machine(nodes=0), "nodes"),
+        (DeploymentType.MULTI_NODE, Machine(gpu_memory_gb=-1.0), "gpu_memory_gb"),
+    ],
+)
+def test_a_machine_that_makes_no_sense_is_refused(
+    deployment: DeploymentType, machine: Machine, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_cluster(deployment, machine)
 
 
 def test_tiny_example_of_this_checkout_is_valid() -> None:

@@ -8,7 +8,7 @@ from megachat.planner.hardware import GB, Gpu, cluster_config
 def test_every_preset_is_a_valid_cluster(gpu: Gpu) -> None:
     cluster = cluster_config(gpu, nodes=2, gpus_per_node=4)
     assert cluster.world_size == 8
-    assert 0 < cluster.budget_bytes < cluster.gpu_memory_gb * GB
+    assert 0 < cluster.margin_bytes < 0.1 * cluster.gpu_bytes
 
 
 def test_given_values_win_over_the_preset_and_none_keeps_it() -> None:
@@ -18,9 +18,10 @@ def test_given_values_win_over_the_preset_and_none_keeps_it() -> None:
     assert cluster.teraflops == 989.0
 
 
-def test_the_budget_leaves_out_what_is_reserved() -> None:
-    cluster = cluster_config(gpu_memory_gb=80.0, reserved_gb=5.0)
-    assert cluster.budget_bytes == 75 * GB
+def test_the_margin_is_a_part_of_a_gpu() -> None:
+    cluster = cluster_config(gpu_memory_gb=80.0, margin=0.05)
+    assert cluster.gpu_bytes == 80 * GB
+    assert cluster.margin_bytes == 4 * GB
 
 
 @pytest.mark.parametrize(

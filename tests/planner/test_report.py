@@ -39,7 +39,11 @@ def test_json_holds_every_pool_of_every_rank_in_every_phase(plan: Plan) -> None:
     assert content["kv_cache"]["waves"] == plan.memory.cache.waves
     assert content["predicted_seconds"]["total"] == pytest.approx(plan.seconds.total)
     assert len(content["reshard"]) == 8
-    assert content["measures"] == ["reuse_gradients", "offload_optimizer"]
+    assert {"reuse_gradients", "offload_optimizer"} <= set(content["measures"])
+    reserved = {part["what"]: part["bytes"] for part in content["memory"]["reserved"]}
+    assert set(reserved) == {"context", "workspaces", "communicators", "peer_sums", "margin"}
+    budget = content["memory"]["gpu_bytes"] - sum(reserved.values())
+    assert content["memory"]["budget_bytes"] == budget
 
 
 def test_the_ranking_is_cut_but_counted(result: SearchResult) -> None:
@@ -54,8 +58,10 @@ def test_the_view_says_what_is_offloaded_and_that_times_are_predicted(plan: Plan
     for part in (
         "a title",
         "22.6 on host",
+        "Predicted beside tensors, GB of 80.0: context 0.8, workspaces 0.3, communicators 4.2",
+        "margin 2.4 (left free, 3%)",
         "11.3 lent",
-        "2 waves",
+        f"{plan.memory.cache.waves} waves",
         "not measured",
         report.MEASURE_TEXTS[Measure.OFFLOAD_OPTIMIZER],
     ):

@@ -49,8 +49,13 @@ def test_decoding_one_sequence_takes_the_time_of_reading_the_weights() -> None:
 def test_waves_read_the_weights_again() -> None:
     big = job("175b", 8, 8, 1, generate=8)
     two, one = (
-        seconds(big, cluster_config(nodes=8, gpu_memory_gb=size), ROOMY) for size in (80.0, 120.0)
+        seconds(big, cluster_config(nodes=8, gpu_memory_gb=size), ROOMY) for size in (84.0, 120.0)
     )
+    waves = [
+        plan_memory(big, cluster_config(nodes=8, gpu_memory_gb=size), ROOMY).cache.waves
+        for size in (84.0, 120.0)
+    ]
+    assert waves == [2, 1]
     assert one.decode < two.decode < 2 * one.decode
 
 

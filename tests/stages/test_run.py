@@ -12,7 +12,7 @@ from megachat.errors import CheckpointError, MegachatError
 from megachat.stages.config import RunConfig
 from megachat.stages.context import stage_folder, tokenizer_folder
 from megachat.stages.results import RESULT_FILE
-from megachat.stages.run import completed_stages, describe_run
+from megachat.stages.status import completed_stages, describe_run
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 

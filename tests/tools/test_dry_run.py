@@ -59,7 +59,8 @@ def command(*arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_pool_is_as_planned(outcomes: dict[Case, Future[Outcome]], case: Case) -> None:
     rows, rehearsed = outcomes[case].result(timeout=300)
-    assert set(rehearsed.pools) == set(Pool) - {Pool.ACTIVATIONS, Pool.WORKSPACE}
+    not_rehearsed = {Pool.ACTIVATIONS, Pool.WORKSPACE, Pool.GRAPHS, Pool.ROUNDING}
+    assert set(rehearsed.pools) == set(Pool) - not_rehearsed
     for row in rows:
         assert abs(row.difference) <= ALLOWED, row
 

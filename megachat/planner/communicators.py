@@ -1,0 +1,183 @@
+"""Counts a rank's NCCL communicators and predicts the GPU memory of their buffers. Pure.
+
+NCCL takes buffers for each connection of each channel, when a communicator is first used for what
+needs the connection (NCCL 2.22 and later; before, all at once). The counts, with their sources:
+
+* A receiving end holds the buffers of three protocols: 4 MiB (`NCCL_BUFFSIZE`), 4.69 MiB (LL128)
+  and 0.5 MiB (LL), in driver memory of 2 MiB granules: 10 MiB; a sending end inside a node 2 MiB.
+  Both sizes are in a log in NVIDIA/nccl issue 1685. Between nodes the sending end has the buffers
+  too, for the network card to read (GPUDirect).
+* A group inside a node has 24 channels on A100 and H100 with NVSwitch; one of 8 GPUs on several
+  nodes 16, two for each network card (`24 coll channels`, `16 coll channels` in logs of
+  `NCCL_DEBUG=INFO`, as in NVIDIA/nccl issues 1453 and 1703). Each GPU is taken to have a card.
+* A ring has a connection each way. A tree has one up and one down in a node, and up to one up and
+  two down between nodes. Sums are taken to use both (on H100 NVLS instead of trees).
+* Sending and receiving has connections of its own: 32 channels a peer inside a node, 2 where the
+  communicator spans nodes. For an all-to-all of 8 H100, issue 1685 reports 3.28 GB; 32 channels
+  to 8 peers (itself included) are 3.22 GB.
+
+None of this was measured with this project's jobs. `NCCL_MAX_NCHANNELS`, `NCCL_MAX_P2P_NCHANNELS`
+and `NCCL_BUFFSIZE` make it less.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+
+from megachat.parallel.layout import Axis, Coordinate, GenerationPlacement, ParallelLayout
+
+_MIB = 2**20
+_RECEIVING, _SENDING = 10 * _MIB, 2 * _MIB
+_NEAR = _RECEIVING + _SENDING
+"""A connection each way inside a node."""
+_FAR = 2 * _RECEIVING
+"""A connection each way between nodes."""
+_NODE_CHANNELS, _CARD_CHANNELS, _MOST_FAR_CHANNELS = 24, 2, 16
+_PEER_CHANNELS, _FAR_PEER_CHANNELS = 32, 2
+
+
+class Use(StrEnum):
+    """What a communicator is used for."""
+
+    SUM = "sum"
+    """All-reduce, of any size: rings and trees."""
+    GATHER = "gather"
+    """All-gather, reduce-scatter, broadcast: rings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Communicator:
+    """One group of ranks that communicates, as one of them sees it."""
+
+    name: str
+    ranks: tuple[int, ...]
+    use: Use
+    peers: tuple[int, ...] = ()
+    """Ranks that this one exchanges tensors with, one to one."""
+
+    def buffer_bytes(self, rank: int, *, ranks_per_node: int) -> int:
+        """Predicted bytes of NCCL's buffers on a rank of the group."""
+        node = rank // ranks_per_node
+        local = sum(member // ranks_per_node == node for member in self.ranks)
+        trees = self.use is Use.SUM
+        if local == len(self.ranks):
+            links = 1 + (min(2, local - 1) if trees else 0)
+            exchange = len(self.peers) * _PEER_CHANNELS * _NEAR
+            return _NODE_CHANNELS * links * _NEAR + exchange
+        # A GPU is where its own card's channels leave the node, and inside the node on the others.
+        channels = min(_MOST_FAR_CHANNELS, _CARD_CHANNELS * local)
+        near = 1 + (min(2, local - 1) if trees else 0)
+        inside = (channels - _CARD_CHANNELS) * near * _NEAR
+        outside = _CARD_CHANNELS * (4 if trees else 1) * _FAR
+        exchange = sum(
+            _FAR_PEER_CHANNELS * (_NEAR if peer // ranks_per_node == node else _FAR)
+            for peer in self.peers
+        )
+        return inside + outside + exchange
+
+
+@cache
+def communicators(
+    actor: ParallelLayout, critic: ParallelLayout, generation_tensor: int, *, rank: int
+) -> tuple[Communicator, ...]:
+    """The communicators of a PPO job on one rank; a group of one rank needs none.
+
+    Roles of equal layouts share their groups, reference and reward model have those of actor and
+    critic (`megachat.stages.context.RunContext.groups`).
+    """
+    placement = GenerationPlacement(source=actor, tensor=generation_tensor)
+    found = [
+        Communicator(name="world", ranks=tuple(range(actor.world_size)), use=Use.SUM),
+        *_of_layout(actor, rank, crosses_stages=_crosses_stages(placement)),
+        *(_of_layout(critic, rank, crosses_stages=False) if critic != actor else ()),
+        *_of_generation(placement, rank),
+    ]
+    return tuple(item for item in found if len(item.ranks) > 1)
+
+
+@cache
+def communicator_bytes(
+    actor: ParallelLayout, critic: ParallelLayout, generation_tensor: int, *, ranks_per_node: int
+) -> int:
+    """Predicted bytes of NCCL's buffers on the rank that has most, looked for on each stage."""
+    stages = {
+        stage * layout.tensor * layout.data
+        for layout in (actor, critic)
+        for stage in (0, layout.pipeline // 2, layout.pipeline - 1)
+    }
+    return max(
+        sum(
+            item.buffer_bytes(rank, ranks_per_node=ranks_per_node)
+            for item in communicators(actor, critic, generation_tensor, rank=rank)
+        )
+        for rank in stages
+    )
+
+
+def _of_layout(
+    layout: ParallelLayout, rank: int, *, crosses_stages: bool
+) -> Iterator[Communicator]:
+    """The groups of `megachat.parallel.groups.ProcessGroups`."""
+    stages = layout.ranks_along(Axis.PIPELINE, rank)
+    here = layout.coordinate(rank)
+    for name, ranks in (
+        ("tensor", layout.ranks_along(Axis.TENSOR, rank)),
+        ("data", layout.ranks_along(Axis.DATA, rank)),
+        ("model", _model_group(layout, here.data)),
+    ):
+        yield Communicator(name=f"{layout} {name}", ranks=ranks, use=Use.SUM)
+    yield Communicator(
+        name=f"{layout} pipeline",
+        ranks=stages,
+        use=Use.GATHER,
+        peers=_others(stages, rank) if crosses_stages else _neighbours(stages, here.pipeline),
+    )
+    if here.pipeline in (0, layout.pipeline - 1):
+        ends = tuple(dict.fromkeys((stages[0], stages[-1])))
+        yield Communicator(name=f"{layout} embedding", ranks=ends, use=Use.SUM)
+
+
+def _of_generation(placement: GenerationPlacement, rank: int) -> Iterator[Communicator]:
+    """The groups of `megachat.parallel.groups.GenerationGroups`."""
+    for name, ranks, use in (
+        ("tensor", placement.tensor_group(rank), Use.SUM),
+        ("data", _replica_group(placement, placement.tensor_rank(rank)), Use.GATHER),
+        ("tiles", placement.tile_group(rank), Use.GATHER),
+        ("gather", placement.gather_group(rank), Use.GATHER),
+    ):
+        yield Communicator(name=f"generation {name}", ranks=ranks, use=use)
+
+
+def _crosses_stages(placement: GenerationPlacement) -> bool:
+    """Whether a reshard may send tensors from each stage to each other one, point to point.
+
+    It does where generation cuts finer than training, and where stages meet before tiles do (which
+    `megachat.reshard.plan` decides by bytes between nodes; planned wherever it could).
+    """
+    return placement.source.pipeline > 1 and (placement.splits > 1 or placement.tiles > 1)
+
+
+@cache
+def _model_group(layout: ParallelLayout, data: int) -> tuple[int, ...]:
+    return tuple(
+        layout.rank_of(Coordinate(tensor=tensor, data=data, pipeline=pipeline))
+        for pipeline in range(layout.pipeline)
+        for tensor in range(layout.tensor)
+    )
+
+
+@cache
+def _replica_group(placement: GenerationPlacement, tensor_rank: int) -> tuple[int, ...]:
+    ranks = range(placement.source.world_size)
+    return tuple(rank for rank in ranks if placement.tensor_rank(rank) == tensor_rank)
+
+
+def _others(ranks: Sequence[int], rank: int) -> tuple[int, ...]:
+    return tuple(member for member in ranks if member != rank)
+
+
+def _neighbours(stages: Sequence[int], stage: int) -> tuple[int, ...]:
+    """The stages before and after one."""
+    around = (stage - 1, stage + 1)
+    return tuple(stages[other] for other in around if 0 <= other < len(stages))

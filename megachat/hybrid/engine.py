@@ -102,14 +102,17 @@ class HybridEngine(Owner):
         groups = GenerationGroups.create(plan.placement, training=model.groups)
         self.arena = WeightArena(plan, rank=model.groups.rank, dtype=dtype, device=device)
         self._model = model
-        self.training = TrainEngine(
-            model,
-            micro_batch_rows=settings.micro_batch_rows,
-            optimizer=settings.optimizer,
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            storage=self.arena.adopt(model),
-        )
+        with ExitStack() as built:  # an optimizer that does not fit takes the arena with it
+            built.enter_context(self.arena)
+            self.training = TrainEngine(
+                model,
+                micro_batch_rows=settings.micro_batch_rows,
+                optimizer=settings.optimizer,
+                total_steps=settings.total_steps,
+                seed=settings.seed,
+                storage=self.arena.adopt(model),
+            )
+            built.pop_all()
         release_cached_memory(device)  # what the weights took before they moved into the arena
         self._resharder = Resharder(self.arena, groups, synchronize=synchronize)
         self.last_reshard: ReshardReport | None = None

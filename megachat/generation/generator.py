@@ -5,6 +5,7 @@ the same global `Rollout` on every rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +85,15 @@ class Generator(Owner):
             device=self._device,
             memory=cache_memory,
         )
-        self._add_up = group_sum(weights.groups.tensor, self._settings.backend, device=self._device)
         self._placed: tuple[tuple[int, ...], ModelRunner] | None = None
-        self._runner(weights)
+        with ExitStack() as built:  # a backend that is not to be had takes the cache with it
+            built.enter_context(self._cache)
+            self._add_up = group_sum(
+                weights.groups.tensor, self._settings.backend, device=self._device
+            )
+            built.callback(self._add_up.close)
+            self._runner(weights)
+            built.pop_all()
         self._statistics: SessionStatistics | None = None
 
     @property

@@ -111,14 +111,17 @@ class HybridEngine(Owner):
             memory=self._memory.weights,
         )
         self._model = model
-        self.training = TrainEngine(
-            model,
-            micro_batch_rows=settings.micro_batch_rows,
-            optimizer=settings.optimizer,
-            total_steps=settings.total_steps,
-            seed=settings.seed,
-            storage=self.arena.adopt(model),
-        )
+        with ExitStack() as built:  # an optimizer that does not fit takes the arena with it
+            built.enter_context(self.arena)
+            self.training = TrainEngine(
+                model,
+                micro_batch_rows=settings.micro_batch_rows,
+                optimizer=settings.optimizer,
+                total_steps=settings.total_steps,
+                seed=settings.seed,
+                storage=self.arena.adopt(model),
+            )
+            built.pop_all()
         self._memory.release_cached()  # where the weights were before
         self._resharder = Resharder(self.arena, groups, synchronize=synchronize)
         self.last_reshard: ReshardReport | None = None

@@ -77,7 +77,7 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
             logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
             continue
         memory = PeakMemory(worker.device)
-        with stage_scope(worker.device) as scope:
+        with stage_scope(worker.device, synchronize=context.synchronize) as scope:
             result = _RUNNERS[stage](context, title, scope)
         peaks = all_gather_objects(memory.read())
         result = replace(result, memory=StageMemory.of_ranks(peaks))

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megachat.errors import CapacityError, PhaseError
 from megachat.generation import generator as generator_module
 from megachat.generation.generator import Generator
+from megachat.generation.kv_cache import PagedKvCache
 from megachat.hybrid import engine as hybrid_module
 from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
@@ -160,6 +161,45 @@ def _old_places_of_the_weights() -> None:
 
 def test_the_weights_leave_no_copy_where_they_were_before_the_arena() -> None:
     run_ranks(1, _old_places_of_the_weights)
+
+
+def _fail_to_build() -> None:
+    """What was built before a part that fails ends at once: optimizer, then generator."""
+    arenas: list[WeightArena] = []
+    caches: list[PagedKvCache] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CapacityError("no memory")
+
+    def adopt(arena: WeightArena, model: OptModel) -> Any:
+        arenas.append(arena)
+        return _ADOPT(arena, model)
+
+    def runner(_: Any, cache: PagedKvCache, **__: Any) -> None:
+        caches.append(cache)
+        fail()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WeightArena, "adopt", adopt)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(hybrid_module, "TrainEngine", fail)
+            with pytest.raises(CapacityError):
+                build(SMALL, (0, ONE, torch.float32), num_blocks=100)
+        with pytest.raises(PhaseError, match="WeightArena was closed"):
+            arenas[0].acquire()
+        hybrid = build(SMALL, (0, ONE, torch.float32), num_blocks=100)
+        patch.setattr(generator_module, "ModelRunner", runner)
+        with pytest.raises(CapacityError), hybrid.generation():
+            pass
+        with pytest.raises(PhaseError, match="PagedKvCache was closed"):
+            caches[0].acquire()
+    train_step(hybrid.training, 0)  # the actor is back in training and whole
+    with hybrid.generation() as generator:
+        generator.generate(prompts(), sampling=SAMPLING, seed=0)
+
+
+def test_what_was_built_before_a_part_that_fails_ends_at_once() -> None:
+    run_ranks(1, _fail_to_build)
 
 
 def _groups_after(error: bool) -> tuple[int, int, int]:

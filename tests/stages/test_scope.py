@@ -6,9 +6,11 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
+import torch
 
 from megachat.data.config import Stage
 from megachat.errors import CapacityError, PhaseError
@@ -20,14 +22,18 @@ from megachat.generation.runner import ModelRunner
 from megachat.hybrid.engine import HybridEngine
 from megachat.model.opt import OptModel
 from megachat.parallel.heap import keep_freed_memory
+from megachat.parallel.lifetime import Owner
 from megachat.reshard.arena import WeightArena
 from megachat.stages import rlhf
+from megachat.stages import scope as scope_module
+from megachat.stages.scope import stage_scope
 from megachat.training.engine import ForwardEngine
 from megachat.training.zero1 import Zero1Optimizer
 from tests.generation.tape import TapeRecorder
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 
+CPU = torch.device("cpu")
 KINDS = (
     OptModel, ForwardEngine, Zero1Optimizer, HybridEngine, WeightArena, Generator, ModelRunner,
     DecodeGraphs, PagedKvCache,
@@ -128,3 +134,51 @@ def _fail_in_ppo(folder: Path) -> tuple[list[str], list[str]]:
 def test_a_stage_that_fails_ends_what_it_has_built(tmp_path: Path) -> None:
     tiny_run.write_rows(tmp_path / "rows.jsonl")
     assert run_ranks(1, _fail_in_ppo, tmp_path) == [([], [])]
+
+
+class _Part(Owner):
+    """Notes that it ends."""
+
+    def __init__(self, name: str, ended: list[str]) -> None:
+        self._name, self._noted = name, ended
+
+    def _end(self) -> None:
+        self._noted.append(self._name)
+
+
+@pytest.mark.parametrize("error", [None, CapacityError("full"), KeyboardInterrupt()])
+def test_parts_end_in_reverse_whatever_happens(error: BaseException | None) -> None:
+    ended: list[str] = []
+    with (
+        contextlib.nullcontext() if error is None else pytest.raises(type(error)),
+        stage_scope(CPU, synchronize=lambda: None) as scope,
+    ):
+        first = scope.own(_Part("first", ended))
+        scope.own(_Part("second", ended))
+        if error is not None:
+            raise error
+    assert ended == ["second", "first"]
+    first.close()
+    assert ended == ["second", "first"]
+
+
+def test_after_an_error_nothing_waits_for_a_device_that_waits_for_another_rank(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released: list[torch.device] = []
+    monkeypatch.setattr(scope_module, "_REST_SECONDS", 0.05)
+    monkeypatch.setattr(scope_module, "release_cached_memory", released.append)
+    ended: list[str] = []
+    peer = Event()  # who never comes
+    with (
+        pytest.raises(CapacityError, match="full"),
+        stage_scope(CPU, synchronize=lambda: peer.wait() and None) as scope,
+    ):
+        scope.own(_Part("graphs", ended))
+        raise CapacityError("full")
+    assert ended == [] and released == []
+    assert "its memory is left to the end of the process" in caplog.text
+    peer.set()
+    with stage_scope(CPU, synchronize=lambda: None):
+        pass
+    assert released == [CPU]

@@ -29,8 +29,8 @@ MIN_LARGE_BYTES = 10 * MIB
 """Requests from here on get a segment of their own size."""
 ROUND_LARGE_BYTES = 2 * MIB
 
-_ADDRESS_SPACE = 1 << 44
-"""Of an expandable segment; torch reserves 1.125 times the memory of the device."""
+_ADDRESS_SPACE = LARGE_SEGMENT_BYTES << 20
+"""Of an expandable segment, in pages; torch reserves 1.125 times the memory of the device."""
 
 
 class ModelDriver:
@@ -147,7 +147,7 @@ class CachingAllocatorModel:
         self._expandable = expandable
         self._free: dict[bool, list[_Entry]] = {True: [], False: []}
         self._unmapped: dict[bool, list[tuple[int, Block]]] = {True: [], False: []}
-        self._next_address = 1 << 45
+        self._next_address = _ADDRESS_SPACE
         self._used = 0
 
     def used_bytes(self) -> int:
@@ -259,8 +259,8 @@ class CachingAllocatorModel:
                 found, at = found + at.num_bytes, at.next
             if found >= size:
                 return first
-        self._next_address += _ADDRESS_SPACE
-        address = self._next_address - _ADDRESS_SPACE
+        address = -(-self._next_address // _ADDRESS_SPACE) * _ADDRESS_SPACE
+        self._next_address = address + _ADDRESS_SPACE
         block = Block(address, _ADDRESS_SPACE, is_small, is_expandable=True, is_mapped=False)
         self._note_unmapped(block)
         return block

@@ -1,6 +1,7 @@
 """Rehearses one rank of a job of any size in this process, and compares its bytes with the plan.
 
     python tools/dry_run.py --model facebook/opt-175b --train 8,8,1 --generate 8 --rank 63 [--json]
+    python tools/dry_run.py ... --phases    # a whole run, over a model of torch's allocator
 
 The production classes (`OptModel`, `HybridEngine` with its `TrainEngine`, DeepSpeed's ZeRO-1,
 `WeightArena` and `Resharder`, `Generator` with its `PagedKvCache`) live through one training step
@@ -8,44 +9,32 @@ and one change to generation, for which they make room as the plan says: on fake
 process group whose other ranks do not exist. So a rank of OPT-175B takes seconds and no memory to
 speak of. A ledger below every operation counts living tensors, whatever pool they are in.
 
-Fake tensors have no values. Where production code asks for one (the length of a row, whether a
-gradient is finite), the ledger answers, and lists who asked.
+With `--phases` all roles and stages run as in `tools/rehearsal.py`, and what the allocator keeps
+and cuts is seen, too.
 
-Not seen: memory outside of tensors (CUDA context, NCCL buffers, kernels' own workspace, the
-allocator's rounding), which a plan covers with `reserved_gb`.
+Not seen: memory outside of tensors (CUDA context, NCCL buffers, kernels' own workspace).
 """
 
 import contextlib
 import gc
 import json
 import sys
-import traceback
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megachat.cli.plan import architecture, parse_layout
 from megachat.errors import ConfigError, MegachatError
-from megachat.generation.config import GenerationConfig
-from megachat.hybrid.engine import HybridEngine, HybridSettings
-from megachat.hybrid.phases import MemoryMeasures
-from megachat.model.config import ModelOptions
-from megachat.model.opt import OptModel
+from megachat.hybrid.engine import HybridEngine
 from megachat.model.specs import Placement
-from megachat.parallel import cpu_compat
+from megachat.ops.registry import Backend
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.planner.hardware import GB, cluster_config
@@ -53,12 +42,21 @@ from megachat.planner.job import Role
 from megachat.planner.records import Phase, Pool
 from megachat.planner.search import Plan, PlanRequest, RoleOptions, check_fits
 from megachat.planner.traffic import reshard_traffic
-from megachat.records import SftBatch
-from megachat.rlhf.objectives import SftObjective
-from megachat.training.schedules import OptimizerConfig
+from tools.ledger import ByteLedger, fake_rank
+from tools.rehearsal import (
+    PhaseUse,
+    Rehearsal,
+    build_model,
+    hybrid_settings,
+    train_language_model,
+)
 
 ALLOWED = 0.01
 """Largest difference of a pool from its plan, as a part of the plan."""
+
+OUTSIDE_GB = 2.0
+"""What a GPU has no room for beside torch's tensors, arena and cache: CUDA context, modules of
+kernels, buffers of communicators. Assumed, not measured."""
 
 _TRAINING_POOLS = (Pool.WEIGHTS, Pool.EMBEDDINGS, Pool.GRADIENTS, Pool.MASTERS, Pool.MOMENTS)
 _GENERATION_POOLS = (Pool.FOREIGN_BLOCKS, Pool.KV_CACHE)
@@ -108,7 +106,8 @@ def rehearse(plan: Plan, *, rank: int) -> RehearsedBytes:
     with fake_rank(setup.layout, rank) as groups, warnings.catch_warnings(), fake, ledger:
         warnings.simplefilter("ignore")
         actor = _actor(plan, groups)
-        _train_one_step(actor, rows=setup.layout.data * setup.micro_batch_rows, tokens=tokens)
+        rows = setup.layout.data * setup.micro_batch_rows
+        train_language_model(actor.training, rows=rows, tokens=tokens)
         gc.collect()
         alive, pools = ledger.live, _training_pools(actor)
         actor.eval()
@@ -128,45 +127,9 @@ def rehearse(plan: Plan, *, rank: int) -> RehearsedBytes:
 
 
 def _actor(plan: Plan, groups: ProcessGroups) -> HybridEngine:
-    job, setup = plan.job, plan.job.actor
-    options = ModelOptions(
-        dtype={2: torch.bfloat16, 4: torch.float32}[setup.value_bytes],
-        sequence_parallel=setup.is_sequence_parallel,
-        recompute=setup.recompute,
-        vocab_multiple=setup.vocab_multiple,
-    )
-    settings = HybridSettings(
-        generation_tensor=job.generation_tensor,
-        micro_batch_rows=setup.micro_batch_rows,
-        optimizer=OptimizerConfig(learning_rate=1e-5),
-        total_steps=1,
-        seed=1,
-        generation=GenerationConfig(
-            kv_cache_gb=(plan.memory.cache.num_bytes + 1) / GB,
-            block_size=job.block_tokens,
-            max_sequences=job.most_at_once,
-            prefill_tokens=job.prefill_tokens,
-        ),
-        measures=MemoryMeasures(**{str(measure): True for measure in plan.memory.measures}),
-    )
-    model = OptModel(setup.config, groups=groups, head=setup.head, options=options, seed=None)
-    return HybridEngine(model, settings, stop_ids=(setup.config.eos_id,))
-
-
-def _train_one_step(actor: HybridEngine, *, rows: int, tokens: int) -> None:
-    """Afterwards everything that lives between steps exists."""
-    batch = SftBatch(
-        tokens=torch.zeros(rows, tokens, dtype=torch.int64),
-        lengths=torch.full((rows,), tokens),
-        loss_mask=torch.ones(rows, tokens, dtype=torch.bool),
-    )
-    engine = actor.training
-    objective = SftObjective(
-        num_targets=1.0, group=engine.groups.tensor, vocab_start=engine.vocab_start
-    )
-    engine.forward_backward(batch, objective)
-    report = engine.step()
-    assert not report.skipped, "a skipped step would leave out the moments"
+    setup = plan.job.actor
+    settings = hybrid_settings(plan, backend=Backend.REFERENCE)
+    return HybridEngine(build_model(setup, groups), settings, stop_ids=(setup.config.eos_id,))
 
 
 def _training_pools(actor: HybridEngine) -> dict[Pool, int]:
@@ -245,6 +208,26 @@ def make_plan(
     )
 
 
+def rehearse_phases(
+    plan: Plan, *, rank: int, expandable: bool = False
+) -> Iterator[tuple[PhaseUse, int]]:
+    """Each phase of a run on one rank, with the bytes that the plan says for it.
+
+    Args:
+        plan: How the job runs.
+        rank: Any rank of its layout.
+        expandable: Whether torch's allocator uses expandable segments.
+
+    Raises:
+        CapacityError: Somebody gets no memory.
+    """
+    memory = next(memory for memory in plan.memory.ranks if rank in memory.ranks)
+    capacity = int((plan.cluster.gpu_memory_gb - OUTSIDE_GB) * GB)
+    rehearsal = Rehearsal(plan, rank=rank, capacity_bytes=capacity, expandable=expandable)
+    for use in rehearsal.run():
+        yield use, memory.phase(use.phase).total()
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -255,8 +238,14 @@ def main(
         str, typer.Option(metavar="TENSOR,PIPELINE,DATA", help="The actor's training layout.")
     ],
     generate: Annotated[int, typer.Option(help="Tensor degree of generation.")],
+    critic: Annotated[
+        str, typer.Option(help="The critic's and reward model's, likewise.")
+    ] = "facebook/opt-350m",
     rank: Annotated[int, typer.Option(help="Which rank of the job.")] = 0,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs in each machine.")] = 8,
+    phases: Annotated[
+        bool, typer.Option("--phases", help="Rehearse all phases of a run, and the allocator.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Rehearse one rank of a job and compare its bytes with the plan; 1 where they disagree."""
@@ -265,8 +254,15 @@ def main(
         if not 0 <= rank < layout.world_size:
             raise ConfigError(f"--rank {rank}: the job has ranks 0 to {layout.world_size - 1}")
         plan = make_plan(
-            model, train=layout, generation_tensor=generate, gpus_per_node=gpus_per_node
+            model,
+            train=layout,
+            generation_tensor=generate,
+            critic=critic,
+            gpus_per_node=gpus_per_node,
         )
+        if phases:
+            _rehearse_and_show_phases(plan, rank, as_json=as_json)
+            return
         with contextlib.redirect_stdout(sys.stderr):  # of DeepSpeed's logger
             rows, rehearsed = compare(plan, rank=rank)
     except MegachatError as error:
@@ -278,6 +274,40 @@ def main(
         Console().print(_table(plan, rank, rows))
     if any(abs(row.difference) > ALLOWED for row in rows):
         raise typer.Exit(1)
+
+
+def _rehearse_and_show_phases(plan: Plan, rank: int, *, as_json: bool) -> None:
+    """Prints each phase of a run beside its plan, also where one of them gets no memory."""
+    found: list[tuple[PhaseUse, int]] = []
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            for item in rehearse_phases(plan, rank=rank):
+                found.append(item)
+    finally:
+        if as_json:
+            seen = [{**asdict(use), "planned_bytes": planned} for use, planned in found]
+            typer.echo(json.dumps({"rank": rank, "phases": seen}, indent=2))
+        else:
+            Console().print(_phase_table(plan, rank, found))
+
+
+def _phase_table(plan: Plan, rank: int, found: list[tuple[PhaseUse, int]]) -> Table:
+    table = Table(
+        title=f"rank {rank} of {plan.job.actor.layout} -> tp{plan.job.generation_tensor}, GB of "
+        f"{plan.cluster.gpu_memory_gb - OUTSIDE_GB:.1f}",
+        title_justify="left",
+    )
+    for header in ("phase", "tensors", "allocator", "arena, cache", "peak", "planned", "calls"):
+        table.add_column(header, justify="left" if header == "phase" else "right")
+    for use, planned in found:
+        sizes = (use.living_bytes, use.reserved_bytes, use.mapped_bytes, use.peak_bytes, planned)
+        name = use.phase.value.replace("_", " ")
+        table.add_row(
+            f"{name} {use.iteration}" if use.iteration else name,
+            *(f"{size / GB:.2f}" for size in sizes),
+            f"{sum(use.calls.values())}",
+        )
+    return table
 
 
 def _json(plan: Plan, rank: int, rows: list[Row], rehearsed: RehearsedBytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Watches the storages of fake tensors: how many bytes live, and what torch's allocator makes of them.
+"""Watches the storages of fake tensors: how many bytes live, and what an allocator takes for them.
 
 Fake tensors have no values. Where production code asks for one (the length of a row, whether a
 gradient is finite), the ledger answers, and lists who asked.
@@ -24,6 +24,7 @@ from megachat.parallel import cpu_compat, memory
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from tools.allocator_model import Block, CachingAllocatorModel
+
 
 class ByteLedger(TorchDispatchMode):
     """Counts the bytes of living tensor storages, each once, and answers for missing values."""
@@ -133,14 +134,6 @@ class DeviceLedger(ByteLedger):
         """As `ByteLedger`; frees what has died, too."""
         super().settle()
         self._free_dead()
-
-    def end_stage(self) -> None:
-        """All that lives ends, as a stage that has closed its engines leaves it."""
-        self.settle()
-        for block in self._blocks.values():
-            self.allocator.free(block)
-        self._is_elsewhere.update(self._blocks)
-        self._blocks.clear()
 
     def _take_note(self, storage: torch.UntypedStorage) -> None:
         self._free_dead()

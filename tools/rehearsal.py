@@ -1,9 +1,9 @@
 """Rehearses a whole run on one rank: the stages, and iterations of PPO with all of their phases.
 
-The production classes run on fake tensors, as in `tools/dry_run.py`. Here a model of torch's caching
-allocator serves the tensors, arena and cache are `MappedDeviceBuffer`s, and both take their memory
-from one driver of finite capacity. So what is seen is what a GPU would have to give: blocks that the
-allocator keeps or cuts, and the moment at which somebody gets nothing.
+The production classes run on fake tensors, as in `tools/dry_run.py`. Here a model of torch's
+caching allocator serves the tensors, arena and cache are `MappedDeviceBuffer`s, and both take their
+memory from one driver of finite capacity. So what is seen is what a GPU would have to give: blocks
+that the allocator keeps or cuts, and the moment at which somebody gets nothing.
 
 Training and scoring compute every position of full rows, as plans assume; the losses are the
 simplest that do so. Of generation the largest step is run, with the shapes of the CUDA kernels.
@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed import ProcessGroup
 
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.generation.packed import DecodeRows, PackedStep, PrefillRows
@@ -27,6 +28,7 @@ from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import ModelOptions
 from megachat.model.opt import OptModel
+from megachat.ops.all_reduce import BackendSum
 from megachat.ops.registry import Backend
 from megachat.ops.token_logprobs import token_logprobs
 from megachat.parallel.device_memory import MappedDeviceBuffer
@@ -184,9 +186,9 @@ class Rehearsal:
             critic_groups = ProcessGroups.create(job.critic.layout)
             with fake, self._ledger:
                 yield from self._first_stages(groups, critic_groups)
-                engine = self._engine(groups, critic_groups)
-                for iteration in range(1, iterations + 1):
-                    yield from self._iteration(engine, iteration)
+                with self._engine(groups, critic_groups) as engine:
+                    for iteration in range(1, iterations + 1):
+                        yield from self._iteration(engine, iteration)
 
     def _first_stages(
         self, actor_groups: ProcessGroups, critic_groups: ProcessGroups
@@ -195,8 +197,9 @@ class Rehearsal:
         setup, tokens = self._plan.job.actor, self._plan.job.workload.sft_tokens
         with self._phase(Phase.SFT) as seen:
             actor = _train_engine(setup, actor_groups)
-            _train_language_model(actor, setup, rows=self._rows(setup, actor), tokens=tokens)
+            train_language_model(actor, rows=self._rows(setup, actor), tokens=tokens)
         yield seen.result
+        actor.close()
         del actor
         self._end_stage()
         setup = self._plan.job.critic
@@ -205,32 +208,32 @@ class Rehearsal:
             critic = _train_engine(pairs, critic_groups)
             _train_values(critic, rows=self._rows(pairs, critic), tokens=tokens)
         yield seen.result
+        critic.close()
         del critic
         self._end_stage()
 
     def _end_stage(self) -> None:
-        """What a stage leaves behind is nothing, once its engines are closed."""
+        """As `megachat.stages.scope` ends one."""
         gc.collect()
-        self._ledger.end_stage()
         self._memory.release_cached()
 
     def _engine(self, actor_groups: ProcessGroups, critic_groups: ProcessGroups) -> RLHFEngine:
         """The four roles, built in the order of the PPO stage."""
         job, measures = self._plan.job, _measures(self._plan)
-        actor = _model(job.actor, actor_groups)
-        critic = _model(job.critic, critic_groups)
+        actor = build_model(job.actor, actor_groups)
+        critic = build_model(job.critic, critic_groups)
         with patch("megachat.generation.runner.prepare"):
             hybrid = HybridEngine(
                 actor,
-                _settings(self._plan, measures),
+                hybrid_settings(self._plan, backend=Backend.CUDA),
                 stop_ids=(job.actor.config.eos_id,),
                 memory=self._memory,
             )
         return RLHFEngine(
             actor=hybrid,
             critic=_trainer(critic, job.critic),
-            reference=_scorer(_model(job.actor, actor_groups), job.actor),
-            reward=_scorer(_model(job.critic, critic_groups), job.critic),
+            reference=_scorer(build_model(job.actor, actor_groups), job.actor),
+            reward=_scorer(build_model(job.critic, critic_groups), job.critic),
             measures=measures,
         )
 
@@ -256,7 +259,7 @@ class Rehearsal:
         with self._phase(Phase.PPO_TRAINING, iteration) as seen:
             policy = engine.actor.training
             rows = self._rows(job.actor, policy)
-            _train_language_model(policy, job.actor, rows=rows, tokens=self._tokens)
+            train_language_model(policy, rows=rows, tokens=self._tokens)
             rows = self._rows(job.critic, engine.critic)
             _train_values(engine.critic, rows=rows, tokens=self._tokens)
         yield seen.result
@@ -265,7 +268,7 @@ class Rehearsal:
         """A step of decode rows and a chunk of prompts, and one of decode rows alone."""
         with (
             patch("megachat.generation.runner.prepare"),
-            patch("megachat.generation.generator.group_sum", _sum_through_network),
+            patch("megachat.generation.generator.group_sum", _sum_by_backend),
         ):
             generator = actor.generator
             session = generator._session(SamplingConfig())
@@ -322,7 +325,8 @@ def _measures(plan: Plan) -> MemoryMeasures:
     return MemoryMeasures(**{str(measure): True for measure in plan.memory.measures})
 
 
-def _settings(plan: Plan, measures: MemoryMeasures) -> HybridSettings:
+def hybrid_settings(plan: Plan, *, backend: Backend) -> HybridSettings:
+    """How the actor of a planned job trains and generates."""
     job = plan.job
     return HybridSettings(
         generation_tensor=job.generation_tensor,
@@ -335,14 +339,15 @@ def _settings(plan: Plan, measures: MemoryMeasures) -> HybridSettings:
             block_size=job.block_tokens,
             max_sequences=job.most_at_once,
             prefill_tokens=job.prefill_tokens,
-            backend=Backend.CUDA,
+            backend=backend,
         ),
-        measures=measures,
+        measures=_measures(plan),
         ranks_per_node=plan.cluster.gpus_per_node,
     )
 
 
-def _model(setup: RoleSetup, groups: ProcessGroups) -> OptModel:
+def build_model(setup: RoleSetup, groups: ProcessGroups) -> OptModel:
+    """A role's shard, its weights undefined."""
     options = ModelOptions(
         dtype={2: torch.bfloat16, 4: torch.float32}[setup.value_bytes],
         sequence_parallel=setup.is_sequence_parallel,
@@ -363,7 +368,7 @@ def _trainer(model: OptModel, setup: RoleSetup) -> TrainEngine:
 
 
 def _train_engine(setup: RoleSetup, groups: ProcessGroups) -> TrainEngine:
-    return _trainer(_model(setup, groups), setup)
+    return _trainer(build_model(setup, groups), setup)
 
 
 def _scorer(model: OptModel, setup: RoleSetup) -> ForwardEngine:
@@ -378,9 +383,8 @@ def _rows(count: int, tokens: int) -> SftBatch:
     )
 
 
-def _train_language_model(
-    engine: TrainEngine, setup: RoleSetup, *, rows: int, tokens: int
-) -> None:
+def train_language_model(engine: TrainEngine, *, rows: int, tokens: int) -> None:
+    """A step on full rows; afterwards everything that lives between steps exists."""
     objective = SftObjective(
         num_targets=1.0, group=engine.groups.tensor, vocab_start=engine.vocab_start
     )
@@ -398,14 +402,10 @@ def _step(engine: TrainEngine) -> None:
     assert not report.skipped, "a skipped step would leave out the moments"
 
 
-def _sum_through_network(group: Any, _: Backend, *, device: torch.device) -> Any:
+def _sum_by_backend(group: ProcessGroup, _: Backend, *, device: torch.device) -> BackendSum:
     """How a tensor group adds up where GPUs do not reach each other's memory."""
-    from functools import partial
-
-    from megachat.parallel.collectives import all_reduce_sum
-
     del device
-    return partial(all_reduce_sum, group=group)
+    return BackendSum(group)
 
 
 def _packed_step(*, rows: int, chunks: int, chunk_tokens: int, columns: int) -> PackedStep:

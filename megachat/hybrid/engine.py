@@ -119,7 +119,7 @@ class HybridEngine(Owner):
             seed=settings.seed,
             storage=self.arena.adopt(model),
         )
-        self._memory.release_cached()  # where the weights were before
+        self._memory.release_cached()  # what the weights took before they moved into the arena
         self._resharder = Resharder(self.arena, groups, synchronize=synchronize)
         self.last_reshard: ReshardReport | None = None
         """The latest gather; None before the first."""
@@ -147,10 +147,10 @@ class HybridEngine(Owner):
                 lend_gradients=self._measures.reuse_gradients,
             )
             self.phase = Phase.GENERATION
-            # What training has just freed, and its activations before, must be the driver's again:
-            # arena and cache take from there.
-            self._memory.release_cached()
             try:
+                # What training has just freed, and its activations before, must be the driver's
+                # again: arena and cache take from there.
+                self._memory.release_cached()
                 self.last_reshard = self._resharder.gather()
             except BaseException:
                 self.train()

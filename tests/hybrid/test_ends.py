@@ -14,10 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megachat.errors import CapacityError, PhaseError
 from megachat.generation import generator as generator_module
 from megachat.generation.generator import Generator
+from megachat.hybrid import engine as hybrid_module
 from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
+from megachat.model.opt import OptModel
 from megachat.ops.registry import Backend
 from megachat.parallel.layout import ParallelLayout
+from megachat.reshard.arena import WeightArena
 from tests.generation.tape import TapeRecorder
 from tests.harness import run_ranks
 from tests.harness.groups import groups_of
@@ -26,6 +29,7 @@ from tests.hybrid.test_engine import SAMPLING, prompts, train_step
 
 ONE = (ParallelLayout(), 1)
 DTYPES = (torch.float32, torch.bfloat16)
+_ADOPT = WeightArena.adopt
 
 
 class Watch:
@@ -128,6 +132,34 @@ def _all_ends() -> None:
 
 def test_a_closed_actor_has_freed_all_that_it_held_and_says_that_it_is_closed() -> None:
     run_ranks(1, _all_ends)
+
+
+def _old_places_of_the_weights() -> None:
+    """Nobody keeps the memory that the weights had before the arena; the driver is offered it."""
+    for dtype in DTYPES:
+        old: list[StorageWeakRef] = []
+        released: list[int] = []
+
+        def adopt(arena: WeightArena, model: OptModel, old: list[StorageWeakRef] = old) -> Any:
+            old += [StorageWeakRef(each.untyped_storage()) for each in model.parameters()]
+            return _ADOPT(arena, model)
+
+        def release(_: torch.device, old: Any = old, released: list[int] = released) -> None:
+            released.append(sum(not ref.expired() for ref in old))
+
+        gc.disable()
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(WeightArena, "adopt", adopt)
+                patch.setattr(hybrid_module, "release_cached_memory", release)
+                build(SMALL, (0, ONE, dtype), num_blocks=100).close()
+        finally:
+            gc.enable()
+        assert len(old) > 20 and released == [0]
+
+
+def test_the_weights_leave_no_copy_where_they_were_before_the_arena() -> None:
+    run_ranks(1, _old_places_of_the_weights)
 
 
 def _groups_after(error: bool) -> tuple[int, int, int]:

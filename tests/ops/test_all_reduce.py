@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megachat.errors import KernelError
+from megachat.errors import KernelError, PhaseError
 from megachat.ops import all_reduce as module
 from megachat.ops import cuda_kernels, peer_memory
 from megachat.ops.all_reduce import PLACE_BYTES, PeerSum, SharedSum, group_sum
@@ -100,6 +100,24 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     run_ranks(2, _left_alone)
 
 
+def _closed() -> int:
+    """Maps of the region that this process has after it has closed its sum."""
+    group = _world()
+    add_up = group_sum(group, Backend.CPU, device=CPU)
+    assert torch.equal(add_up(torch.ones(3)), torch.full((3,), 2.0))
+    assert "megachat-sum-" in Path("/proc/self/maps").read_text(encoding="utf-8")
+    if group.rank() == 0:  # waits for nobody
+        for _ in range(2):
+            add_up.close()
+        with pytest.raises(PhaseError, match="SharedSum was closed"):
+            add_up(torch.ones(3))
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count("megachat-sum-")
+
+
+def test_a_closed_sum_has_unmapped_the_memory_in_common() -> None:
+    assert run_ranks(2, _closed) == [0, 1]
+
+
 def _ways(folder: str) -> list[str]:
     """How sums go with and without shared memory, and what is left of it."""
     group = _world()
@@ -120,7 +138,7 @@ def _ways(folder: str) -> list[str]:
 
 def test_ranks_that_share_no_memory_sum_through_the_network(tmp_path: Path) -> None:
     for ways in run_ranks(2, _ways, str(tmp_path)):
-        assert ways == ["SharedSum", "partial", "partial"]
+        assert ways == ["SharedSum", "BackendSum", "partial"]
     assert not list(tmp_path.iterdir())
 
 
@@ -299,4 +317,4 @@ def _apart(most_ranks: int) -> str:
 
 @pytest.mark.parametrize("most_ranks", [1, 2])
 def test_gpus_that_do_not_reach_each_other_sum_through_the_group(most_ranks: int) -> None:
-    assert run_ranks(2, _apart, most_ranks) == ["partial", "partial"]
+    assert run_ranks(2, _apart, most_ranks) == ["BackendSum", "partial"]

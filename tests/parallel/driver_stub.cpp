@@ -99,6 +99,7 @@ long long stub_mapped_granules() {
   for (const auto& [_, mapping] : mappings) mapped += mapping.first / kGranularity;
   return mapped;
 }
+long long stub_reservations() { return static_cast<long long>(reservations.size()); }
 void stub_limit(long long granules) { limit = granules; }
 size_t stub_size_of_properties() { return sizeof(CUmemAllocationProp); }
 size_t stub_size_of_access() { return sizeof(CUmemAccessDesc); }
@@ -138,11 +139,10 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdevice
 CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
   auto found = reservations.find(address);
   if (found == reservations.end() || found->second != size) return RESULT(kInvalidValue);
-  for (uint64_t at = address; at < address + size; at += kGranularity)
-    if (Mapped(at)) return RESULT(kInvalidValue);
+  auto mapped = mappings.lower_bound(address);
+  if (mapped != mappings.end() && mapped->first < address + size) return RESULT(kInvalidValue);
   reservations.erase(found);
-  munmap(reinterpret_cast<void*>(address), size);
-  return RESULT(0);
+  return RESULT(munmap(reinterpret_cast<void*>(address), size) ? kInvalidValue : 0);
 }
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t size,

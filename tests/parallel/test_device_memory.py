@@ -19,7 +19,9 @@ from megachat.parallel.device_memory import (
     AccessDescription,
     AllocationProperties,
     CudaDriver,
+    DriverUse,
     MappedDeviceBuffer,
+    driver_use,
 )
 from megachat.reshard.arena import WeightArena
 from megachat.reshard.execute import Resharder
@@ -258,3 +260,47 @@ def _reshard(library: str) -> None:
 
 def test_an_arena_in_mapped_memory_gives_back_what_belongs_to_other_ranks(library: Path) -> None:
     run_ranks(2, _reshard, str(library))
+
+
+def test_a_closed_buffer_gives_memory_and_addresses_back_once(
+    driver: CudaDriver, library: Path
+) -> None:
+    stub, before = ctypes.CDLL(str(library)), granules(library)
+    reservations = stub.stub_reservations()
+    buffer = MappedDeviceBuffer(3 * GRANULE, CPU, driver=driver)
+    buffer.acquire(0, GRANULE)
+    assert stub.stub_reservations() == reservations + 1
+    for _ in range(2):
+        buffer.close()
+    assert (granules(library), stub.stub_reservations()) == (before, reservations)
+    assert buffer.tensor().numel() == buffer.resident_bytes() == 0
+    with pytest.raises(PhaseError, match="MappedDeviceBuffer was closed"):
+        buffer.acquire()
+
+
+def test_the_peak_of_the_driver_counts_pools_and_mapped_memory_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks = iter([70, 50, 20, 90, 10, 0])  # of torch's pools, since it was last asked
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    use = DriverUse(torch.device("cuda", 0))
+    use.begin()  # what was before, the 70, is forgotten
+    use.change_mapped(30)  # 50 beside nothing
+    use.change_mapped(40)  # 20 beside 30
+    use.change_mapped(-60)  # 90 beside 70
+    assert use.peak() == 160  # then 10 beside 10
+    use.begin()
+
+
+def test_buffers_count_what_they_have_mapped(driver: CudaDriver) -> None:
+    use = driver_use(CPU)
+    use.begin()
+    before = use.peak()
+    with MappedDeviceBuffer(4 * GRANULE, CPU, driver=driver) as buffer:
+        buffer.acquire(0, 3 * GRANULE)
+        buffer.acquire()
+        buffer.release(0, 2 * GRANULE)
+        assert use.peak() == before + 4 * GRANULE
+    use.begin()
+    assert use.peak() == before

@@ -4,11 +4,12 @@ import ctypes
 import gc
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megachat.errors import ConfigError, KernelError
+from megachat.errors import ConfigError, KernelError, PhaseError
 from megachat.parallel.memory import (
     PAGE_BYTES,
     AddressStableBuffer,
@@ -214,3 +215,16 @@ def test_what_has_left_is_no_longer_resident() -> None:
     movable.discard()
     _return_freed_memory()
     assert filled - _resident_set() > 60 * MEBIBYTE
+
+
+@pytest.mark.parametrize("kind", [AddressStableBuffer, ReallocatedBuffer])
+def test_a_closed_buffer_gives_its_memory_back_once_and_is_not_acquired_again(kind: Any) -> None:
+    buffer = kind(4 * PAGE_BYTES, CPU)
+    buffer.acquire()
+    buffer.tensor().fill_(1)
+    assert buffer.resident_bytes() == 4 * PAGE_BYTES
+    for _ in range(2):
+        buffer.close()
+    assert buffer.resident_bytes() == 0
+    with pytest.raises(PhaseError, match=f"{kind.__name__} was closed"):
+        buffer.acquire()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from megachat.reshard import HopOrder
+from megachat.reshard import HopOrder, execute
 from megachat.reshard.execute import Resharder
 from tests.harness import run_ranks
 from tests.harness.groups import groups_of
@@ -96,3 +96,34 @@ def _run_two_hops() -> list[str]:
 
 def test_two_hops_over_nodes_are_exact_and_layers_land_in_order() -> None:
     assert run_ranks(8, _run_two_hops) == [[]] * 8
+
+
+def _seconds_on_a_slow_device() -> tuple[float, float, int]:
+    """Seconds of a gather, and of one that has nothing to do; calls that waited."""
+    now, queued, waits = [0.0], [0.0], [0]
+
+    def synchronize() -> None:
+        waits[0] += 1
+        now[0] += queued[0]
+        queued[0] = 0.0
+
+    case = Case(train=(2, 1, 1), generate=1)
+    actor = build_actor(case, PRE_LN, torch.float32, groups=groups_of(case.source))
+    resharder = Resharder(actor.arena, actor.groups, synchronize=synchronize)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute.time, "perf_counter", lambda: now[0])
+        acquire = actor.arena.acquire
+
+        def enqueue() -> None:
+            queued[0] += 2.0  # what the device has to do for this gather
+            acquire()
+
+        patch.setattr(actor.arena, "acquire", enqueue)
+        queued[0] = 5.0  # what it was asked before
+        first = resharder.gather().seconds
+        again = resharder.gather().seconds
+    return first, again, waits[0]
+
+
+def test_the_time_of_a_gather_is_that_of_the_device_and_of_this_gather_only() -> None:
+    assert run_ranks(2, _seconds_on_a_slow_device) == [(2.0, 0.0, 4)] * 2

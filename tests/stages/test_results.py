@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from megachat.errors import CheckpointError, ConfigError
+from megachat.parallel.peak_memory import MemoryMeasure, MemoryPeak
 from megachat.stages.results import (
     RESULT_FILE,
     Reply,
     ReshardCost,
+    StageMemory,
     StageResult,
     fingerprint,
     read_result,
@@ -33,6 +35,7 @@ RESULT = StageResult(
         received_bytes=4096.0,
         redundant_bytes=0.0,
     ),
+    memory=StageMemory(least_bytes=2, most_bytes=4, most_rank=1, measure="something"),
 )
 
 
@@ -121,3 +124,19 @@ def test_fingerprints_depend_on_values_and_not_on_their_order() -> None:
         fingerprint({"a": 1, "b": {"c": [1, 2]}}),
     ]
     assert len({first, *others}) == 4
+
+
+def test_a_result_of_an_older_version_without_memory_is_a_completed_stage(tmp_path: Path) -> None:
+    write_result(tmp_path, RESULT)
+    values = json.loads((tmp_path / RESULT_FILE).read_text(encoding="utf-8"))
+    del values["memory"]
+    (tmp_path / RESULT_FILE).write_text(json.dumps(values), encoding="utf-8")
+    found = read_result(tmp_path, expected_fingerprint="abc")
+    assert found is not None and found.memory is None and found.metrics == RESULT.metrics
+
+
+def test_the_memory_of_a_stage_names_the_first_rank_with_the_most() -> None:
+    peaks = [MemoryPeak(num_bytes=size, measure=MemoryMeasure.STAGE) for size in (5, 9, 3, 9)]
+    found = StageMemory.of_ranks(peaks)
+    assert (found.least_bytes, found.most_bytes, found.most_rank) == (3, 9, 1)
+    assert found.measure == "resident set of the process, since the stage began"

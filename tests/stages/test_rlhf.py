@@ -197,6 +197,7 @@ def _check_roles(folder: Path) -> None:
     settings = tiny_run.config(folder, ["launch.processes=2", "models.actor.tensor=2"])
     context = tiny_run.context(settings)
     engine = build_engine(context, num_updates=3)
+    assert engine.actor._resharder._synchronize == context.synchronize
     assert engine.actor.training.groups.layout.tensor == 2
     assert engine.reference.groups is engine.actor.training.groups
     assert engine.reward.groups.layout.data == 2 and engine.critic.groups is engine.reward.groups

@@ -7,7 +7,14 @@ import pytest
 from megachat.data.config import Stage
 from megachat.stages.config import RunConfig
 from megachat.stages.context import prepare_output, stage_fingerprint, stage_folder
-from megachat.stages.results import Reply, ReshardCost, StageResult, write_result
+from megachat.stages.results import (
+    Reply,
+    ReshardCost,
+    StageMemory,
+    StageResult,
+    read_result,
+    write_result,
+)
 from megachat.stages.summary import write_run_report
 from tests.stages import tiny_run
 
@@ -20,6 +27,17 @@ RESHARD = ReshardCost(
     redundant_bytes=0.0,
 )
 
+MEMORY = {
+    Stage.SFT: StageMemory(
+        least_bytes=1_200_000_000, most_bytes=1_310_000_000, most_rank=3, measure="what is counted"
+    ),
+    Stage.REWARD: StageMemory(
+        least_bytes=999_000_000, most_bytes=1_001_000_000, most_rank=0, measure="what is counted"
+    ),
+    Stage.PROMPTS: None,
+}
+"""Ranks that differ, ranks that do not at this precision, and a stage that an older version ran."""
+
 
 def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
     return StageResult(
@@ -29,6 +47,7 @@ def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
         phase_seconds={"generate": 30.0, "train actor": 10.0},
         replies=[Reply(prompt="how are you", before="bad [b]x[/b]", after="very <well>")],
         reshard=RESHARD if stage is Stage.PROMPTS else None,
+        memory=MEMORY[stage],
     )
 
 
@@ -135,3 +154,27 @@ def test_the_results_of_a_real_run_have_what_the_summary_needs(
 ) -> None:
     needed = {Stage.SFT: SFT, Stage.REWARD: REWARD, Stage.PROMPTS: RLHF}[stage]
     assert {*needed, "steps"} <= set(tiny_run.read_result_metrics(finished, stage))
+
+
+def test_the_peak_memory_of_a_rank_is_told_for_each_stage(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    for stage, metrics in zip(Stage, (SFT, REWARD, RLHF), strict=True):
+        write_result(stage_folder(config, stage), _result(config, stage, **metrics))
+    text, html = _report(config)
+    lines = text.splitlines()
+    header = next(number for number, line in enumerate(lines) if "peak memory a rank" in line)
+    sft, reward, ppo, note = lines[header + 1 : header + 5]
+    assert "1.20 to 1.31 GB" in sft and " 1.00 GB" in reward and "not measured" in ppo
+    assert note.strip() == "memory: what is counted"
+    for said in ("peak memory a rank", "1.20 to 1.31 GB", "memory: what is counted"):
+        assert said in html
+
+
+def test_a_finished_run_has_measured_the_memory_of_its_stages(finished: RunConfig) -> None:
+    for stage in Stage:
+        result = read_result(
+            stage_folder(finished, stage), expected_fingerprint=stage_fingerprint(finished, stage)
+        )
+        assert result is not None and result.memory is not None
+        assert 50e6 < result.memory.least_bytes <= result.memory.most_bytes < 50e9

@@ -1,13 +1,17 @@
 import contextlib
+import gc
 import io
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from megachat.errors import ConfigError
+from megachat.errors import ConfigError, PhaseError
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
 from megachat.training import zero1
@@ -256,3 +260,48 @@ def test_building_prints_nothing_and_mixed_dtypes_are_refused() -> None:
     assert printed == ""
     assert "float32" in message
     assert "bfloat16" in message
+
+
+def _end_and_go_on() -> None:
+    """An optimizer that has ended leaves weights and nothing else; the next one trains on."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _Model(dtype)
+        own_hook = model.bias.register_hook(lambda gradient: gradient)
+        bare = {name: set(vars(parameter)) for name, parameter in model.named_parameters()}
+        for step in range(2):  # with the second one, what the first one left would show
+            optimizer = _optimizer(model)
+            _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+            optimizer.reduce_gradients()
+            optimizer.step(0.1)
+            _check_end(model, optimizer, bare)
+        assert len(model.bias._backward_hooks) == 1, "a hook of the model's own stays"
+        own_hook.remove()
+
+
+def _check_end(model: _Model, optimizer: Zero1Optimizer, bare: dict[str, set[str]]) -> None:
+    kept = optimizer.optimizer_tensors()
+    memory = [
+        StorageWeakRef(tensor.untyped_storage())
+        for tensor in (*kept.masters, *kept.moments, *kept.gradients)
+    ]
+    inner: weakref.ref[Any] = weakref.ref(optimizer._optimizer)
+    del kept
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gc.disable()  # the end itself frees
+    try:
+        for _ in range(2):
+            optimizer.close()
+        assert inner() is None and all(ref.expired() for ref in memory)
+    finally:
+        gc.enable()
+    for (name, parameter), value in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None and not parameter._post_accumulate_grad_hooks
+        assert set(vars(parameter)) == bare[name]
+    for use in (lambda: optimizer.step(0.1), optimizer.reduce_gradients, optimizer.weights_loaded):
+        with pytest.raises(PhaseError, match="Zero1Optimizer was closed"):
+            use()
+
+
+def test_an_optimizer_that_has_ended_leaves_the_weights_and_nothing_else() -> None:
+    run_ranks(2, _end_and_go_on)

@@ -254,7 +254,8 @@ class CachingAllocatorModel:
             first = unmapped
             if first.previous is not None and first.previous.is_free:
                 first = first.previous
-            found, at = 0, first
+            found = 0
+            at: Block | None = first
             while found < size and at is not None and at.is_free:
                 found, at = found + at.num_bytes, at.next
             if found >= size:

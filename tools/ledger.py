@@ -95,7 +95,7 @@ class ByteLedger(TorchDispatchMode):
         return is_good if tensor.dtype is torch.bool else float(is_good)
 
 
-class DeviceLedger(ByteLedger):
+class DeviceLedger(ByteLedger):  # type: ignore[no-untyped-call]
     """A ledger of one device: each storage on it is a block of a modelled allocator.
 
     Real tensors, such as views of arena and cache, are none of the allocator's business, and so are

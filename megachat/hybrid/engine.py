@@ -150,10 +150,10 @@ class HybridEngine(Owner):
                 lend_gradients=self._measures.reuse_gradients,
             )
             self.phase = Phase.GENERATION
-            # What training has just freed, and its activations before, must be the driver's again:
-            # arena and cache take from there.
-            self._memory.release_cached()
             try:
+                # What training has just freed, and its activations before, must be the driver's
+                # again: arena and cache take from there.
+                self._memory.release_cached()
                 self.last_reshard = self._resharder.gather()
             except BaseException:
                 self.train()

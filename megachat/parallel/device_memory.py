@@ -1,9 +1,10 @@
 """The one place for address-stable memory on CUDA devices: the driver's virtual memory functions.
 
-An address range is reserved once; physical memory is mapped behind it in whole granules and unmapped
-again between phases, so that views, communicators and CUDA graphs keep their addresses. The
-functions are those of "Virtual Memory Management" in the CUDA driver API (`cuMemAddressReserve`,
-`cuMemCreate`, `cuMemMap`, ...), called through ctypes: nothing links against the driver.
+An address range is reserved once; physical memory is mapped behind it in pieces of whole granules
+and unmapped again between phases, so that views, communicators and CUDA graphs keep their
+addresses. The functions are those of "Virtual Memory Management" in the CUDA driver API
+(`cuMemAddressReserve`, `cuMemCreate`, `cuMemMap`, ...), called through ctypes: nothing links
+against the driver.
 
 The driver's other customer is torch's caching allocator, which keeps what tensors leave. It is
 asked for that before the device counts as full.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megachat.errors import LayoutError, PhaseError
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.engine import HybridEngine, HybridSettings
+from megachat.hybrid.memory import ActorMemory
 from megachat.hybrid.phases import MemoryMeasures, Phase
 from megachat.model.config import Head, ModelOptions, OptConfig, vocab_multiple_for
 from megachat.model.opt import OptModel
@@ -74,6 +75,7 @@ def build(
     dtype: torch.dtype,
     *,
     measures: MemoryMeasures | None = None,
+    memory: ActorMemory | None = None,
 ) -> HybridEngine:
     multiple = vocab_multiple_for(layout.tensor, generation_tensor)
     model = OptModel(
@@ -92,7 +94,7 @@ def build(
         generation=GenerationConfig(kv_cache_gb=4e-4, block_size=4, max_sequences=6),
         measures=measures or MemoryMeasures(),
     )
-    return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,))
+    return HybridEngine(model, settings, stop_ids=STOPS, suppressed_ids=(1,), memory=memory)
 
 
 def train_step(engine: TrainEngine, step: int) -> float:

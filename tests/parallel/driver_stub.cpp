@@ -139,8 +139,8 @@ CUresult cuMemAddressReserve(CUdeviceptr* address, size_t size, size_t, CUdevice
 CUresult cuMemAddressFree(CUdeviceptr address, size_t size) {
   auto found = reservations.find(address);
   if (found == reservations.end() || found->second != size) return RESULT(kInvalidValue);
-  for (uint64_t at = address; at < address + size; at += kGranularity)
-    if (Mapped(at)) return RESULT(kInvalidValue);
+  auto mapped = mappings.lower_bound(address);
+  if (mapped != mappings.end() && mapped->first < address + size) return RESULT(kInvalidValue);
   reservations.erase(found);
   return RESULT(munmap(reinterpret_cast<void*>(address), size) ? kInvalidValue : 0);
 }

@@ -7,6 +7,7 @@ import json
 import multiprocessing as mp
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -108,6 +109,33 @@ def test_the_command_prints_what_it_compared(pool: ProcessPoolExecutor) -> None:
     rows = {row["name"]: row for row in json.loads(output)["rows"]}
     shard = rows["weights"]["rehearsed_bytes"] + rows["embeddings"]["rehearsed_bytes"]
     assert rows["masters"]["rehearsed_bytes"] == pytest.approx(2 * shard, rel=1e-5)
+
+
+def test_all_phases_of_a_run_are_shown_beside_their_plan(
+    pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    for name, layers in (("actor", 4), ("critic", 2)):
+        config = {
+            "model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048,
+            "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": layers,
+            "num_attention_heads": 16, "word_embed_proj_dim": 1024,
+        }  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    common = (
+        "--model", str(tmp_path / "actor"), "--critic", str(tmp_path / "critic"),
+        "--train", "2,2,1", "--generate", "1", "--rank", "3", "--phases",
+    )  # fmt: skip
+    status, output, errors = pool.submit(command, *common, "--json").result(timeout=300)
+    assert status == 0, errors
+    phases = json.loads(output)["phases"]
+    assert [phase["phase"] for phase in phases][-3:] == ["generation", "scoring", "ppo_training"]
+    generation, scoring = phases[-3], phases[-2]
+    assert generation["mapped_bytes"] > scoring["mapped_bytes"] > 0
+    for phase in phases:
+        assert phase["living_bytes"] <= phase["reserved_bytes"]
+        assert phase["reserved_bytes"] + phase["mapped_bytes"] <= phase["peak_bytes"]
+        assert phase["living_bytes"] + phase["mapped_bytes"] < 1.1 * phase["planned_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ None of this was measured with this project's jobs. `NCCL_MAX_NCHANNELS`, `NCCL_
 and `NCCL_BUFFSIZE` make it less.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -83,8 +84,8 @@ def communicators(
 ) -> tuple[Communicator, ...]:
     """The communicators of a PPO job on one rank; a group of one rank needs none.
 
-    Roles of equal layouts share their groups, reference and reward model have those of actor and
-    critic (`megachat.stages.context.RunContext.groups`).
+    Groups of the same ranks in the same order share one (`megachat.parallel.groups`), of whatever
+    role and layout; reference and reward model have those of actor and critic.
     """
     placement = GenerationPlacement(source=actor, tensor=generation_tensor)
     found = [
@@ -93,7 +94,20 @@ def communicators(
         *(_of_layout(critic, rank, crosses_stages=False) if critic != actor else ()),
         *_of_generation(placement, rank),
     ]
-    return tuple(item for item in found if len(item.ranks) > 1)
+    by_ranks: dict[tuple[int, ...], list[Communicator]] = defaultdict(list)
+    for item in found:
+        by_ranks[item.ranks].append(item)
+    return tuple(_shared(items) for ranks, items in by_ranks.items() if len(ranks) > 1)
+
+
+def _shared(items: Sequence[Communicator]) -> Communicator:
+    """One communicator for all that groups of the same ranks do."""
+    return Communicator(
+        name=", ".join(item.name for item in items),
+        ranks=items[0].ranks,
+        use=Use.SUM if any(item.use is Use.SUM for item in items) else Use.GATHER,
+        peers=tuple(sorted({peer for item in items for peer in item.peers})),
+    )
 
 
 @cache

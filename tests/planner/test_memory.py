@@ -270,13 +270,13 @@ def test_a_limit_on_sequences_bounds_the_cache() -> None:
 def test_a_refusal_is_one_line_with_both_numbers_and_the_largest_pools() -> None:
     text = refusal(opt_175b())
     assert text is not None and "\n" not in text
-    # 80 less 768 MiB, 33 x 8.125 MiB, 4040 MiB of NCCL (see test_communicators), 4 MiB, and 3 %.
-    usable = 80 - (768 + 33 * 8.125 + 4040 + 4) * 2**20 / GB - 2.4
+    # 80 less 768 MiB, 33 x 8.125 MiB, 1768 MiB of NCCL (see test_communicators), 4 MiB, and 3 %.
+    usable = 80 - (768 + 33 * 8.125 + 1768 + 4) * 2**20 / GB - 2.4
     for part in (
         "ranks 0-7",
         f"{usable:.1f} GB are usable",
         "actor foreign blocks 38.1",
-        "of 80.0 GB reserved: context 0.8, workspaces 0.3, communicators 4.2",
+        "of 80.0 GB reserved: context 0.8, workspaces 0.3, communicators 1.9",
         "margin 2.4",
     ):
         assert part in text

@@ -58,7 +58,7 @@ def test_the_view_says_what_is_offloaded_and_that_times_are_predicted(plan: Plan
     for part in (
         "a title",
         "22.6 on host",
-        "Predicted beside tensors, GB of 80.0: context 0.8, workspaces 0.3, communicators 4.2",
+        "Predicted beside tensors, GB of 80.0: context 0.8, workspaces 0.3, communicators 1.9",
         "margin 2.4 (left free, 3%)",
         "11.3 lent",
         f"{plan.memory.cache.waves} waves",

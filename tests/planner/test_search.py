@@ -110,7 +110,7 @@ def test_a_run_that_cannot_fit_is_refused_in_one_line_with_the_numbers() -> None
         check_fits(at(request("175b", nodes=8, gpu_memory_gb=40.0), 8, 8, 1, generate=8))
     message = str(caught.value)
     assert "\n" not in message
-    usable = 40 - (768 + 33 * 8.125 + 4040 + 4) * 2**20 / 1e9 - 1.2  # as of test_memory
+    usable = 40 - (768 + 33 * 8.125 + 1768 + 4) * 2**20 / 1e9 - 1.2  # as of test_memory
     assert "tp8.pp8.dp1" in message and f"{usable:.1f} GB are usable" in message
 
 

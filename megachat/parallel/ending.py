@@ -60,9 +60,8 @@ def watch_ranks(ranks: LocalRanks, meeting: Meeting) -> News:
     """How the job ends; the caller then ends what is left of the ranks."""
     told = False
     while True:
-        handles: list[Any] = [meeting.line, *ranks.handles]
-        ready = wait(handles)
-        if meeting.line in ready:
+        ready: list[Any] = wait([meeting.line.fileno(), *ranks.handles])
+        if meeting.line.fileno() in ready:
             news = meeting.listen(timeout=0.0)
             if news is not None:
                 return news

@@ -305,7 +305,7 @@ class Hub:
 
 
 class Line:
-    """A member's connection to the hub. `multiprocessing.connection.wait` takes it as it is."""
+    """A member's connection to the hub."""
 
     def __init__(self, connection: socket.socket, *, job: str, member: Member, where: str) -> None:
         """Says who this is.

@@ -85,7 +85,7 @@ def _figures(config: RunConfig, stage: Stage) -> dict[str, Any]:
     folder = stage_folder(config, stage)
     metrics = read_metrics(folder)
     figures: dict[str, Any] = {
-        name: metrics.series(name) for name in metrics.names() if not name.startswith(TIMES)
+        name: metrics.series(name) for name in metrics.names if not name.startswith(TIMES)
     }
     return figures | json.loads((folder / RESULT_FILE).read_text())["metrics"]
 

@@ -1,4 +1,7 @@
-"""What the started ranks of the launch tests do."""
+"""What the started ranks of the launch tests do.
+
+Libraries that every rank needs are imported here, and so once for all ranks of a launcher.
+"""
 
 import os
 import signal
@@ -6,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import deepspeed.comm.torch  # noqa: F401
+import megatron.core.pipeline_parallel.schedules  # noqa: F401
 import torch
 import torch.distributed as dist
 

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from megachat.config import load_config
 from megachat.errors import ConfigError, LaunchError, LayoutError, MegachatError
 from megachat.parallel.launch import LaunchConfig, launch, num_cores, select_device
-from megachat.parallel.lifeline import Member
-from megachat.parallel.rendezvous import check_gpus
 from tests.harness.nodes import Nodes
 from tests.parallel import entries
 
@@ -221,16 +219,6 @@ def test_cuda_gets_its_variables_where_the_user_has_set_none(
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     settings = {os.environ.get(name) for name in names[-2:]} - {None}
     assert settings == {"expandable_segments:True" if before is None else "max_split_size_mb:64"}
-
-
-def test_two_processes_that_see_the_same_gpu_are_refused() -> None:
-    first, second, other = (
-        Member(name="rank", number=number, host="gpu7", gpu=gpu)
-        for number, gpu in enumerate(("GPU-1", "GPU-1", "GPU-2"))
-    )
-    check_gpus((first, other))
-    with pytest.raises(LaunchError, match="rank 0 on gpu7 and rank 1 on gpu7 see the same GPU"):
-        check_gpus((first, second, other))
 
 
 def test_a_long_temporary_folder_is_no_obstacle(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_launcher_that_is_killed_ends_the_others_and_its_own_ranks(
     config = config_of(shape)
     with Nodes(tmp_path) as nodes:
         nodes.start(launch, config, entries.stay, tmp_path)
-        wait_for(lambda: _listens(int(str(config.rendezvous).split(":")[1])), "the first launcher")
+        wait_for(lambda: listens(int(str(config.rendezvous).split(":")[1])), "the first launcher")
         for _ in range(shape[0] - 1):
             nodes.start(launch, config, entries.stay, tmp_path)
         wait_for(lambda: len(list(tmp_path.glob("pid*"))) == 4, "the ranks")
@@ -267,37 +267,7 @@ def test_a_tensor_group_over_two_hosts_is_refused_before_any_rank_starts(tmp_pat
     assert not (tmp_path / "0").exists()
 
 
-def test_waiting_for_a_node_says_who_has_joined_and_ends_in_time(tmp_path: Path) -> None:
-    config = LaunchConfig(
-        device="cpu",
-        threads=1,
-        nodes=2,
-        rendezvous=f"127.0.0.1:{free_port()}",
-        join_seconds=0.5,
-    )
-    with Nodes(tmp_path) as nodes:
-        nodes.start(launch, config, entries.report, tmp_path)
-        (end,) = nodes.ends()
-    assert end.exit_code == 2
-    assert "after 0.5 s 1 of 2 nodes have joined at 127.0.0.1:" in end.message
-    assert f"({HOST})" in end.message
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_a_waiting_launcher_ends_it_with_one_line(
-    tmp_path: Path, number: signal.Signals
-) -> None:
-    port = free_port()
-    config = LaunchConfig(device="cpu", threads=1, nodes=2, rendezvous=f"127.0.0.1:{port}")
-    with Nodes(tmp_path) as nodes:
-        nodes.start(launch, config, entries.report, tmp_path)
-        wait_for(lambda: _listens(port), "the launcher")
-        os.kill(nodes.pid(0), number)
-        (end,) = nodes.ends()
-    assert end.message == f"LaunchError: the job was ended by {number.name}, as it was told"
-
-
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     """Whether the system lists a listener; calling it would disturb it."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(words[1].endswith(f":{port:04X}") and words[3] == "0A" for words in lines)

@@ -20,6 +20,7 @@ from megachat.hub import (
     why_unpublished,
 )
 from megachat.stages.config import FROM_SFT, RunConfig
+from megachat.stages.context import TOKENIZER_RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,12 @@ Input = ModelInput | DataInput
 
 
 def inputs_of(config: RunConfig, stages: Iterable[Stage]) -> tuple[Input, ...]:
-    """What some stages of a run read besides the outputs of other stages, each once."""
+    """What some stages of a run read besides what the run folder holds already, each once.
+
+    The tokenizer is copied into the run folder at the start, and from there on read from it.
+    """
     wanted = set(stages)
+    has_tokenizer = (config.run.output / TOKENIZER_RECORD).is_file()
     actor, reward = config.models.actor.model, config.models.reward.model
     found: list[Input] = []
     if Stage.SFT in wanted and actor is not None:
@@ -133,7 +138,7 @@ def inputs_of(config: RunConfig, stages: Iterable[Stage]) -> tuple[Input, ...]:
     if Stage.REWARD in wanted and reward is not None and reward != FROM_SFT:
         found.append(ModelInput(name=reward))
     tokenizer = config.tokenizer.path or actor
-    if wanted and config.tokenizer.train is None and tokenizer is not None:
+    if wanted and config.tokenizer.train is None and tokenizer is not None and not has_tokenizer:
         found.append(ModelInput(name=tokenizer, content=Content.TOKENIZER))
     if wanted:
         found += [DataInput(source=source) for source in config.data.sources]

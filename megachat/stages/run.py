@@ -24,7 +24,7 @@ from megachat.stages.context import (
     tokenizer_fingerprint,
     tokenizer_folder,
 )
-from megachat.stages.inputs import inputs_of
+from megachat.stages.inputs import Input, inputs_of
 from megachat.stages.results import (
     StageMemory,
     StageResult,
@@ -68,8 +68,10 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     check_output(worker, config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
     prepare(config.models.actor.logprob_backend, worker.device)
-    done = on_first_rank(lambda: _open_run(config, stages), task="looking at what is complete")
-    check_inputs(inputs_of(config, [stage for stage in stages if stage not in done]))
+    done, inputs = on_first_rank(
+        lambda: _open_run(config, stages), task="looking at what is complete"
+    )
+    check_inputs(inputs)
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
@@ -128,12 +130,17 @@ def _make_tokenizer(config: RunConfig) -> str:
     return Tokenizer.load(folder).fingerprint
 
 
-def _open_run(config: RunConfig, stages: Sequence[Stage]) -> dict[Stage, StageResult]:
-    """What is complete, if the stages can start from it; leaves the configuration in the folder."""
+def _open_run(
+    config: RunConfig, stages: Sequence[Stage]
+) -> tuple[dict[Stage, StageResult], tuple[Input, ...]]:
+    """What is complete and what is read, if the stages can start from it.
+
+    Leaves the configuration in the folder.
+    """
     done = completed_stages(config)
     _require_inputs(config, done, first=stages[0])
     write_json(config.run.output / "config.json", config.model_dump(mode="json"))
-    return done
+    return done, inputs_of(config, [stage for stage in stages if stage not in done])
 
 
 def _has_tokenizer(config: RunConfig) -> bool:

@@ -16,6 +16,7 @@ from megachat.errors import CheckpointError, DataError
 from megachat.hub import Content
 from megachat.stages import inputs as module
 from megachat.stages.config import RunConfig
+from megachat.stages.context import TOKENIZER_RECORD, prepare_output
 from megachat.stages.inputs import (
     DataInput,
     ModelInput,
@@ -55,6 +56,9 @@ def test_a_run_reads_models_tokenizer_and_data_each_once(tmp_path: Path) -> None
     assert inputs_of(config, [Stage.REWARD]) == (reward, tokenizer, *data)
     assert inputs_of(config, [Stage.PROMPTS]) == (tokenizer, *data)
     assert inputs_of(config, []) == ()
+    prepare_output(config)
+    (config.run.output / TOKENIZER_RECORD).touch()  # a run that goes on has its tokenizer
+    assert inputs_of(config, [Stage.PROMPTS]) == tuple(data)
     trained = tiny_run.config(tmp_path)  # random weights, a tokenizer of its own, reward from SFT
     assert inputs_of(trained, list(Stage)) == (DataInput(source=trained.data.sources[0]),)
 

@@ -119,11 +119,10 @@ class _Loader:
         if len(read.parts) == 1:
             self._staged[read.spec.name] = value
             return
-        whole = self._staged.setdefault(
-            read.spec.name, torch.empty(read.spec.unpadded_shape, dtype=read.dtype)
-        )
+        if read.spec.name not in self._staged:
+            self._staged[read.spec.name] = torch.empty(read.spec.unpadded_shape, dtype=read.dtype)
         place_part(
-            whole,
+            self._staged[read.spec.name],
             value,
             number=number,
             parts=len(read.parts),

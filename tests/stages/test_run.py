@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError, MegachatError
@@ -189,3 +190,21 @@ def test_a_dry_run_shows_configuration_layouts_and_what_is_done(
     assert "layout of actor: tp2.pp1.dp2" in text and "layout of reward: tp1.pp2.dp2" in text
     states = [line.split(" (")[0] for line in text.splitlines() if line.startswith("stage ")]
     assert states == ["stage sft: complete", "stage reward: complete", "stage prompts: to run"]
+
+
+def _make_tokenizer_without_collectives(folder: Path) -> int:
+    """A collective here would wait for as long as the training takes."""
+    settings = tiny_run.config(folder, ["launch.processes=2"])
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a collective waits for the first rank's work")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("barrier", "broadcast", "broadcast_object_list", "all_gather_object"):
+            patch.setattr(torch.distributed, name, refuse)
+        return tiny_run.context(settings).tokenizer.vocab_size
+
+
+def test_nobody_waits_in_a_collective_while_the_tokenizer_is_trained(tmp_path: Path) -> None:
+    tiny_run.write_rows(tmp_path / "rows.jsonl")
+    assert run_ranks(2, _make_tokenizer_without_collectives, tmp_path) == [134, 134]

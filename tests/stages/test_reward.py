@@ -56,6 +56,7 @@ def test_the_figures_are_those_of_the_exported_model_on_the_held_out_pairs(
         "rejected_score": rejected.mean().item(),
         "score_square": (chosen.square() + rejected.square()).mean().item() / 2,
         "steps": 5,
+        "skipped_steps": 0,
     }
     figures = tiny_run.read_result_metrics(finished, Stage.REWARD)
     assert figures == pytest.approx(expected, rel=1e-5)
@@ -90,7 +91,7 @@ def test_the_figures_do_not_depend_on_the_ranks_and_the_loss_is_the_configured_o
 ) -> None:
     figures = tiny_run.read_result_metrics(finished, Stage.REWARD)
     for bradley_terry, token_wise in run_ranks(2, _pair_metrics, finished_folder):
-        assert {**bradley_terry, "steps": 5} == pytest.approx(figures, rel=1e-5)
+        assert {**bradley_terry, "steps": 5, "skipped_steps": 0} == pytest.approx(figures, rel=1e-5)
         same = {"accuracy", "margin", "chosen_score", "rejected_score"}
         assert {name: token_wise[name] for name in same} == pytest.approx(
             {name: bradley_terry[name] for name in same}

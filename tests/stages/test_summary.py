@@ -115,6 +115,17 @@ def test_all_stages_are_summed_up_with_their_figures(tmp_path: Path) -> None:
         assert str(config.run.output / folder / "model") in text
 
 
+def test_skipped_updates_stand_beside_the_steps_of_their_stage(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    skipped = {"skipped_steps": 3}
+    for stage, metrics in zip(Stage, (SFT, REWARD | skipped, RLHF), strict=True):
+        write_result(stage_folder(config, stage), _result(config, stage, **metrics))
+    text, html = _report(config)
+    assert text.count("12 (3 skipped)") == text.count(" skipped)") == 1
+    assert "12 (3 skipped)" in html
+
+
 def test_a_run_that_has_done_one_stage_is_summed_up_too(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
     prepare_output(config)

@@ -35,7 +35,7 @@ class Proof:
     sources: str
     """Hash of them."""
     faults: int
-    """That were caught."""
+    """Tests that passed: that each fault is caught, and that nothing is found without one."""
     nvcc: bool
     """Whether there was an nvcc to compile all kernels."""
 

@@ -15,6 +15,7 @@ from megachat.errors import KernelError
 from megachat.ops import cpu_kernels
 from megachat.ops.build import Recipe, load_library
 from megachat.ops.token_logprobs import token_logprobs_backward, token_logprobs_forward
+from tests.harness.pairwise import pairwise
 from tests.ops.pages import attention, make_pages, score_rounding
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -113,14 +114,19 @@ def test_a_nan_in_a_key_reaches_the_row_that_attends_to_it_and_no_other(
     assert not found[0, 1].isnan().any() and not found[1].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 8, 11, 12, 21, 40, 70])
 @pytest.mark.parametrize(
-    ("tiles", "rows", "width"), [(1, 7, 1600), (3, 8, 37), (2, 1, 5), (1, 29, 64)]
+    ("tokens", "sizes", "dtype"),
+    pairwise(
+        [0, 1, 2, 3, 8, 11, 12, 21, 40, 70],
+        [(1, 7, 1600), (3, 8, 37), (2, 1, 5), (1, 29, 64)],
+        DTYPES,
+    ),
+    ids=str,
 )
 def test_products_are_exact_to_rounding_for_odd_sizes(
-    tokens: int, tiles: int, rows: int, width: int, dtype: torch.dtype, threads: None
+    tokens: int, sizes: tuple[int, int, int], dtype: torch.dtype, threads: None
 ) -> None:
+    tiles, rows, width = sizes
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, tiles * width, generator=generator).to(dtype)
     # Rows of a wider matrix, as where a rank reads columns of its training shard.
@@ -131,8 +137,8 @@ def test_products_are_exact_to_rounding_for_odd_sizes(
     if tokens:
         of_tiles = x.view(-1, tiles, width).double()
         expected = torch.einsum("mti,tni->mn", of_tiles, weight.double())
-        sizes = torch.einsum("mti,tni->mn", of_tiles.abs(), weight.double().abs())
-        assert _error(found, expected) <= ROUNDING[dtype] + sizes.max().item() * 2.0**-24
+        absolute = torch.einsum("mti,tni->mn", of_tiles.abs(), weight.double().abs())
+        assert _error(found, expected) <= ROUNDING[dtype] + absolute.max().item() * 2.0**-24
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

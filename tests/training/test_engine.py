@@ -44,13 +44,13 @@ WORLDS: Mapping[int, Sequence[Case]] = {
         ({"pipeline": 2}, {}, ("value",)),
         ({}, {}, ("reward",)),
     ],
-    8: [({"tensor": 2, "pipeline": 2}, {}, ALL)],
+    8: [({"tensor": 2, "pipeline": 2}, {}, ("policy", "value"))],
 }
-"""World size -> what is trained there."""
+"""World size -> what is trained there: each task under one axis, both kinds of head under all."""
 BF16_WORLDS: Mapping[int, Sequence[Case]] = {
     1: [({}, {}, ALL)],
     2: [({"tensor": 2}, SEQUENCE, ("sft", "value")), ({}, {}, ("reward",))],
-    8: [({"tensor": 2, "pipeline": 2}, {}, ALL)],
+    8: [({"tensor": 2, "pipeline": 2}, {}, ("policy",))],
 }
 
 

@@ -175,8 +175,8 @@ def _listener(point: MeetingPoint, member: Member) -> socket.socket | None:
     where = point.gathering.where
     if point.gathering.count == 1 and not is_here(point.host):
         raise LaunchError(
-            f"{where}: cannot listen there, it is another machine: leave launch.rendezvous out on one "
-            "node"
+            f"{where}: cannot listen there, it is another machine: leave launch.rendezvous out for "
+            "one node"
         )
     try:
         return listen(point.host, point.port)

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import socket
 import time
 from dataclasses import dataclass
@@ -171,14 +172,21 @@ def _listener(point: MeetingPoint, member: Member) -> socket.socket | None:
         return listen(point.host, 0) if member.number == 0 else None
     if point.role is Role.GUEST or (point.role is Role.FIRST_COME and not is_here(point.host)):
         return None
+    where = point.gathering.where
+    if point.gathering.count == 1 and not is_here(point.host):
+        raise LaunchError(
+            f"{where}: cannot listen there, it is another machine: leave launch.rendezvous out for "
+            "one node"
+        )
     try:
         return listen(point.host, point.port)
     except OSError as error:
         if point.role is Role.FIRST_COME and error.errno == errno.EADDRINUSE:
             return None
+        why = os.strerror(error.errno) if error.errno else str(error)
         raise LaunchError(
-            f"cannot listen at {point.gathering.where} ({error.strerror}): choose another port "
-            "with launch.rendezvous=host:port"
+            f"{where}: cannot listen there ({why}): choose another port with "
+            "launch.rendezvous=host:port"
         ) from error
 
 

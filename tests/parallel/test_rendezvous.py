@@ -59,7 +59,7 @@ def _point(port: int, role: Role, *, seconds: float = 30.0) -> MeetingPoint:
 def test_a_host_whose_port_is_taken_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         point = _point(taken.getsockname()[1], Role.HOST)
-        with pytest.raises(LaunchError, match="cannot listen at 127.0.0.1:.*choose another port"):
+        with pytest.raises(LaunchError, match="127.0.0.1:.*: cannot listen .*another port"):
             meet(point, Member(name="rank", host=HOST, number=0))
 
 

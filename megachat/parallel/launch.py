@@ -60,10 +60,8 @@ _CUDA_DEFAULTS: Mapping[str, str] = {
     # NCCL says why it failed: without this it leaves "unhandled system error".
     "NCCL_DEBUG": "WARN",
 }
-"""What ranks on CUDA get where the user has not set it."""
-_ALLOCATOR, _ALLOCATOR_BEFORE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-_ALLOCATOR_DEFAULT = "expandable_segments:True"
-"""Phases and stages ask for blocks of different sizes; segments that grow leave no holes."""
+"""What ranks on CUDA get where the user has not set it. torch's allocator keeps its own defaults
+(docs/decisions/0012-device-memory.md says why)."""
 _SOCKET_FOLDER_LENGTH = 60
 """Of the path of a folder for sockets; a whole path has at most 107 characters (unix(7))."""
 _SYSTEM_FOLDER = "/tmp"
@@ -292,8 +290,6 @@ def _set_cuda_defaults() -> None:
     """Before CUDA starts: what the user has set stays."""
     for name, value in _CUDA_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if _ALLOCATOR_BEFORE not in os.environ:
-        os.environ.setdefault(_ALLOCATOR, _ALLOCATOR_DEFAULT)
 
 
 def _choose_socket_folder() -> None:

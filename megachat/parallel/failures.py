@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megachat import errors
 from megachat.errors import LaunchError, MegachatError
 
-_OF_A_BACKEND = re.compile(r"gloo|NCCL", re.IGNORECASE)
+_OF_A_BACKEND = re.compile(r"gloo|NCCL|peer|remote worker|GLHF", re.IGNORECASE)
 """In messages of RuntimeErrors that a backend raises when a peer is gone."""
 
 

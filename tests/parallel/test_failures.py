@@ -43,6 +43,7 @@ def test_an_unexpected_error_keeps_its_stack_and_its_rank() -> None:
     "error",
     [
         RuntimeError(CLOSED),
+        RuntimeError("Connection closed by peer: a remote worker hanging or bugs"),
         dist.DistNetworkError("recv failed"),
         dist.DistBackendError("NCCL communicator was aborted on rank 0"),
         _raised(LaunchError("rank 0 cannot join the job"), cause=RuntimeError(CLOSED)),

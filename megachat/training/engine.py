@@ -33,6 +33,7 @@ from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import MovableTensors
 from megachat.parallel.rng import seed_for
 from megachat.records import Batch
+from megachat.training.buffers import buffers_of
 from megachat.training.loss import LossFunction, ModelOutput
 from megachat.training.micro_batches import MicroBatchPlan, plan_micro_batches
 from megachat.training.schedules import OptimizerConfig, learning_rate
@@ -335,6 +336,7 @@ class TrainEngine(ForwardEngine):
             config=optimizer,
             decayed={name for name, spec in specs.items() if spec.decays},
             shared=[*model.tensor_reduced_parameters(), *model.tied_parameters()],
+            parameter_groups=buffers_of(model),
             storage=storage,
         )
         self._optimizer_config = optimizer

@@ -23,18 +23,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megachat.errors import ConfigError
-from megachat.parallel.collectives import all_reduce_max
 from megachat.parallel.groups import DeepSpeedMpu, ProcessGroups
 from megachat.parallel.lifetime import Owner
+from megachat.training.buffers import BUFFER_ELEMENTS
 from megachat.training.gradients import GradientReducer, OwnGradient, own_gradients
 from megachat.training.parameter_state import ParameterState
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.storage import FlatStorage
-
-_BUCKET_ELEMENTS = 2**24
-"""Elements of a flat buffer at which the next one begins: 64 MiB of fp32 gradients. A buffer is
-what one call reduces or gathers; large enough for the full speed of a network, and small enough
-that the last of them, for which no backward pass is left to hide behind, is soon over."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in torch's optimizer state."""
@@ -78,6 +73,7 @@ class Zero1Optimizer(Owner):
         config: OptimizerConfig,
         decayed: set[str],
         shared: Collection[nn.Parameter] = (),
+        parameter_groups: Sequence[Sequence[str]] | None = None,
         storage: FlatStorage | None = None,
     ) -> None:
         """Shards the optimizer state over the data ranks; parameters become views of flat buffers.
@@ -89,8 +85,11 @@ class Zero1Optimizer(Owner):
             decayed: Names of the parameters that weight decay applies to.
             shared: Parameters whose gradients the caller changes between the backward passes and
                 `reduce_gradients`, such as by sums over a tensor group.
+            parameter_groups: Which parameters share a flat buffer, by name: all of them decay or
+                none does, and pipeline stages have equally many groups, some of them empty. None
+                makes two.
             storage: Where the flat buffers live, and how parameters are grouped into them; None
-                leaves both to the optimizer.
+                keeps them in memory of their own.
 
         Raises:
             ConfigError: The parameters are neither all float32 nor all bfloat16.
@@ -102,9 +101,12 @@ class Zero1Optimizer(Owner):
         self._is_bf16 = dtypes == {torch.bfloat16}
         self._before = [ParameterState.of(parameter) for parameter in named.values()]
         self._groups, self._parameters, self._storage = groups, named, storage
-        names = (
-            _buckets(named, decayed, groups=groups) if storage is None else storage.parameter_groups
-        )
+        if storage is not None:
+            parameter_groups = storage.parameter_groups
+        names = parameter_groups or [
+            [name for name in named if name in decayed],
+            [name for name in named if name not in decayed],
+        ]
         fillers = [None if group else _filler(next(iter(named.values()))) for group in names]
         base = torch.optim.AdamW(
             [
@@ -144,7 +146,11 @@ class Zero1Optimizer(Owner):
         Args:
             passes: Backward passes that add to the gradients. In the last one, reductions start
                 while it still runs.
+
+        Raises:
+            PhaseError: The optimizer was closed.
         """
+        self.check_open()
         if not self._is_bf16:
             self._take_gradients([flat.new_zeros(flat.numel()) for flat in self._flats()])
             for flat, parameters in zip(self._flat_gradients, self._members(), strict=True):
@@ -299,36 +305,6 @@ class Zero1Optimizer(Owner):
         self._is_closed = is_closed
 
 
-def _buckets(
-    named: Mapping[str, nn.Parameter], decayed: set[str], *, groups: ProcessGroups
-) -> list[list[str]]:
-    """Names for each flat buffer: neighbours in the model that all decay or all do not.
-
-    One data rank has nothing to reduce and takes two buffers. Pipeline stages need equally many,
-    since they sum the norms of their buffers: where one has fewer, the rest are empty.
-    """
-    limit = _BUCKET_ELEMENTS if groups.layout.data > 1 else math.inf
-    kinds: list[list[list[str]]] = []
-    for decays in (True, False):
-        buckets: list[list[str]] = [[]]
-        size = 0
-        for name, parameter in named.items():
-            if (name in decayed) is not decays:
-                continue
-            if size >= limit:
-                buckets.append([])
-                size = 0
-            buckets[-1].append(name)
-            size += parameter.numel()
-        kinds.append(buckets)
-    device = next(iter(named.values())).device
-    counts = torch.tensor([len(buckets) for buckets in kinds], device=device)
-    most = all_reduce_max(counts, groups.model).tolist()
-    for buckets, count in zip(kinds, most, strict=True):
-        buckets += [[] for _ in range(count - len(buckets))]
-    return [bucket for buckets in kinds for bucket in buckets]
-
-
 class _OwnPart(list[Tensor]):
     """The own part of a flat gradient buffer, as DeepSpeed's fp32 optimizer takes it.
 
@@ -374,7 +350,7 @@ def _build_deepspeed_optimizer(
     is_sharded = groups.layout.data > 1
     common = {
         "clip_grad": clip_norm,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUFFER_ELEMENTS,
         "dp_process_group": groups.data,
         "timers": importlib.import_module("deepspeed.utils.timer").NoopTimer(),
     }

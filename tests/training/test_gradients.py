@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megachat.model import Recompute
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
-from megachat.training import gradients, zero1
+from megachat.training import buffers, gradients
 from megachat.training.gradients import GradientReducer
 from tests.harness import run_ranks
 from tests.training import tasks
@@ -134,7 +134,7 @@ def test_a_gradient_that_grows_after_it_was_sent_is_an_error() -> None:
 
 def _starts_of_a_training(options: dict[str, Any], degrees: dict[str, int]) -> tuple[int, int]:
     """Reductions that began before the backward passes were over, and all of them."""
-    vars(zero1)["_BUCKET_ELEMENTS"] = 1000
+    vars(buffers)["BUFFER_ELEMENTS"] = 1000
     events = _record_starts()
     layout = ParallelLayout.for_world(dist.get_world_size(), **degrees)
     engine = tasks.make_engine("sft", layout, micro_batch_rows=1, **options)

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megachat.errors import ConfigError, PhaseError
 from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.layout import ParallelLayout
-from megachat.training import zero1
 from megachat.training.schedules import OptimizerConfig
 from megachat.training.zero1 import Zero1Optimizer
 from tests.harness import run_ranks
@@ -55,18 +54,27 @@ def _backward(model: _Model, gradients: list[Tensor]) -> None:
     loss.backward()
 
 
-def _optimizer(model: _Model, config: OptimizerConfig = CONFIG) -> Zero1Optimizer:
+def _optimizer(
+    model: _Model,
+    config: OptimizerConfig = CONFIG,
+    parameter_groups: list[list[str]] | None = None,
+) -> Zero1Optimizer:
     groups = ProcessGroups.create(ParallelLayout(data=dist.get_world_size()))
-    return Zero1Optimizer(model, groups=groups, config=config, decayed={"matrix", "other"})
+    return Zero1Optimizer(
+        model,
+        groups=groups,
+        config=config,
+        decayed={"matrix", "other"},
+        parameter_groups=parameter_groups,
+    )
 
 
 def _three_steps(
-    config: OptimizerConfig, bucket_elements: int = 2**26
+    config: OptimizerConfig, parameter_groups: list[list[str]] | None = None
 ) -> tuple[list[float], list[Tensor], int]:
     """Norms, final weights, and the number of state elements on this rank."""
-    vars(zero1)["_BUCKET_ELEMENTS"] = bucket_elements
     model = _Model()
-    optimizer = _optimizer(model, config)
+    optimizer = _optimizer(model, config, parameter_groups)
     norms = []
     for step, rate in enumerate(RATES):
         optimizer.begin_gradients(passes=1)
@@ -106,17 +114,22 @@ def _expected_steps(world_size: int, config: OptimizerConfig) -> tuple[list[floa
 
 
 @pytest.mark.parametrize(
-    ("world_size", "clip_norm", "bucket_elements"),
-    [(1, 1.0, 100), (3, 1.0, 100), (3, 0.0, 100), (3, 1.0, 12)],
+    ("world_size", "clip_norm", "parameter_groups"),
+    [
+        (1, 1.0, None),
+        (3, 1.0, None),
+        (3, 0.0, None),
+        (3, 1.0, [["matrix"], [], ["other"], ["bias"]]),
+    ],
 )
 def test_steps_equal_adamw_on_the_sum_of_the_ranks_gradients(
-    world_size: int, clip_norm: float, bucket_elements: int
+    world_size: int, clip_norm: float, parameter_groups: list[list[str]] | None
 ) -> None:
-    """Also where the gradients take several buckets, smaller than a parameter."""
+    """Also where the gradients take several buffers, one of them empty."""
     config = CONFIG.model_copy(update={"clip_norm": clip_norm})
     expected_norms, expected = _expected_steps(world_size, config)
     assert min(expected_norms) < 1.0 < max(expected_norms)
-    for norms, weights, _ in run_ranks(world_size, _three_steps, config, bucket_elements):
+    for norms, weights, _ in run_ranks(world_size, _three_steps, config, parameter_groups):
         assert norms == pytest.approx(expected_norms, rel=1e-6)
         for found, wanted in zip(weights, expected, strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
@@ -372,7 +385,8 @@ def _end_and_go_on() -> None:
         bare = {name: set(vars(parameter)) for name, parameter in model.named_parameters()}
         for step in range(2):  # with the second one, what the first one left would show
             optimizer = _optimizer(model)
-            _backward(model, _gradients(dist.get_rank(), step), optimizer.gradient_scale)
+            optimizer.begin_gradients(passes=1)
+            _backward(model, _gradients(dist.get_rank(), step))
             optimizer.reduce_gradients()
             optimizer.step(0.1)
             _check_end(model, optimizer, bare)

@@ -18,8 +18,6 @@ from megachat.planner.graphs import graph_bytes
 from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
 from megachat.planner.pools import (
-    BUCKET_BYTES,
-    GRADIENT_BYTES,
     held_rounding,
     moved,
     on_device,
@@ -41,10 +39,11 @@ from megachat.planner.records import (
     rank_ranges,
 )
 from megachat.planner.reserved import reserved_memory
-from megachat.planner.sizes import generation_elements, stage_elements, stage_tensors
+from megachat.planner.sizes import generation_elements, stage_tensors
 from megachat.planner.transients import (
     Transients,
     generation_workspace,
+    reduction_staging,
     scoring_transients,
     training_transients,
 )
@@ -318,8 +317,8 @@ class _Parts:
 def _stage_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
     """The first two stages of a run, one model each."""
     actor, critic, work = parts.actor, parts.critic, parts.workload
-    sft = _training(actor, parts.actor_stage, work.sft_rows, work.sft_tokens)
-    pairs = _training(critic, parts.critic_stage, work.reward_pairs, work.sft_tokens, answers=2)
+    sft = _training(parts, Role.ACTOR, work.sft_rows, work.sft_tokens)
+    pairs = _training(parts, Role.CRITIC, work.reward_pairs, work.sft_tokens, answers=2)
     return (
         PhaseMemory(
             phase=Phase.SFT,
@@ -364,8 +363,7 @@ def _step_phases(parts: _Parts) -> tuple[PhaseMemory, ...]:
         for role, (setup, stage) in stages.items()
     }
     training = {
-        role: _training(setup, stage, work.minibatch_rows, work.sequence_tokens)
-        for role, (setup, stage) in stages.items()
+        role: _training(parts, role, work.minibatch_rows, work.sequence_tokens) for role in stages
     }
     return (
         PhaseMemory(
@@ -412,11 +410,15 @@ def _step_overheads(
 def _rounded(role: Role, parts: _Parts, *, transient: int) -> Iterator[PoolBytes]:
     """What the allocator takes beyond the tensors of a role that trains."""
     if parts.allocator is Allocator.CACHING:
-        setup, stage = {
-            Role.ACTOR: (parts.actor, parts.actor_stage),
-            Role.CRITIC: (parts.critic, parts.critic_stage),
-        }[role]
+        setup, stage = _trained(parts, role)
         yield on_device(role, Pool.ROUNDING, held_rounding(setup, stage) + transient)
+
+
+def _trained(parts: _Parts, role: Role) -> tuple[RoleSetup, int]:
+    """A role that trains, and its stage."""
+    if role is Role.ACTOR:
+        return parts.actor, parts.actor_stage
+    return parts.critic, parts.critic_stage
 
 
 def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
@@ -429,10 +431,9 @@ def _scorers(parts: _Parts, residence: Residence) -> Iterator[PoolBytes]:
             yield moved(item, residence, item.num_bytes)
 
 
-def _training(
-    setup: RoleSetup, stage: int, rows: int, tokens: int, *, answers: int = 1
-) -> Transients:
+def _training(parts: _Parts, role: Role, rows: int, tokens: int, *, answers: int = 1) -> Transients:
     """Of a training step on a global batch; a row of pairs holds two answers."""
+    setup, stage = _trained(parts, role)
     transients = training_transients(
         setup,
         stage=stage,
@@ -440,11 +441,10 @@ def _training(
         tokens=tokens,
         num_micro_batches=setup.num_micro_batches(rows),
     )
-    if setup.layout.data == 1 or setup.value_bytes == GRADIENT_BYTES:
-        return transients  # with fp32 the buckets are counted as gradients
-    # Gradients on their way to the data rank that owns them, while the backward pass runs.
-    gradients = stage_elements(setup, stage=stage).total * GRADIENT_BYTES
-    return replace(transients, workspace=transients.workspace + 2 * min(BUCKET_BYTES, gradients))
+    if parts.allocator is Allocator.CACHING:
+        return transients  # NCCL reduces gradients and gathers weights in place
+    staged = reduction_staging(setup, stage=stage)
+    return replace(transients, workspace=transients.workspace + staged)
 
 
 def _transient(role: Role, transients: Transients) -> Iterator[PoolBytes]:

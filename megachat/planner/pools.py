@@ -5,11 +5,12 @@ For n parameters on the rank and data degree d:
 | precision | weights | gradients | masters | moments |
 |---|---|---|---|---|
 | bf16 | 2 n | 4 n | 4 n / d | 8 n / d |
-| fp32 | 4 n | 4 n + 4 n / d + two buckets | 4 n / d | 8 n / d |
+| fp32 | 4 n | 4 n | 4 n / d | 8 n / d |
 
-DeepSpeed's BF16_Optimizer accumulates the whole shard's gradients in fp32 on *every* data rank and
-keeps the buffer between steps; its fp32 optimizer holds gradients while a backward pass runs, and
-is planned at that moment. Models that only run forward have weights alone.
+Either way *every* data rank accumulates the whole shard's gradients in flat fp32 buffers, which are
+reduced in place: the own part of the sums has no copy. With bf16 the buffers stay between steps,
+with fp32 they live from the first backward pass of a step to its update, and are planned at that
+moment. Models that only run forward have weights alone.
 """
 
 from functools import cache
@@ -21,9 +22,6 @@ from megachat.planner.sizes import stage_elements, stage_tensors
 
 _MASTER_BYTES, _MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4
 """Bytes per parameter; always fp32."""
-
-BUCKET_BYTES = 2**28
-"""Gradients that training reduces in one call; two such calls may be on their way."""
 
 
 def trained_bytes(setup: RoleSetup) -> int:
@@ -49,13 +47,9 @@ def trained_pools(role: Role, setup: RoleSetup, stage: int) -> tuple[PoolBytes, 
     """Long-lived pools of a model that trains."""
     elements = stage_elements(setup, stage=stage).total
     share = -(-elements // setup.layout.data)
-    gradients = elements * GRADIENT_BYTES
-    if setup.value_bytes == GRADIENT_BYTES:
-        # fp32: the reduced share of the gradients beside the gradients, and two buckets.
-        gradients += share * GRADIENT_BYTES + 2 * min(BUCKET_BYTES, gradients)
     return (
         *weights_of(role, setup, stage),
-        on_device(role, Pool.GRADIENTS, gradients),
+        on_device(role, Pool.GRADIENTS, elements * GRADIENT_BYTES),
         on_device(role, Pool.MASTERS, share * _MASTER_BYTES),
         on_device(role, Pool.MOMENTS, share * _MOMENT_BYTES),
     )

@@ -13,6 +13,7 @@ from megachat.model.config import Head, Recompute
 from megachat.parallel.layout import Axis, ParallelLayout
 from megachat.planner.hardware import GB, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup
+from megachat.planner.pools import GRADIENT_BYTES
 from megachat.planner.records import MemoryPlan, Phase, Residence
 from megachat.planner.sizes import stage_elements
 from megachat.planner.traffic import reshard_traffic
@@ -184,11 +185,11 @@ class _Clock:
         return message / cut / (self._network if crosses else self._node)
 
     def _data_parallel(self, setup: RoleSetup) -> float:
-        """All-reduce of fp32 gradients and all-gather of the weights over the data ranks."""
+        """Reduce-scatter of fp32 gradients and all-gather of the weights over the data ranks."""
         layout = setup.layout
         elements = max(stage_elements(setup, stage=stage).total for stage in range(layout.pipeline))
         part = (layout.data - 1) / layout.data
-        volume = elements * part * (2 * 4 + setup.value_bytes)
+        volume = elements * part * (GRADIENT_BYTES + setup.value_bytes)
         return volume / (self._network if self._spans_nodes(layout) else self._node)
 
     def _spans_nodes(self, layout: ParallelLayout) -> bool:

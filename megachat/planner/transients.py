@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from megachat.model.config import Head, Recompute
 from megachat.planner.allocator import rounding, workspace_rounding
 from megachat.planner.job import Job, RoleSetup
-from megachat.planner.sizes import mlp_elements, word_elements
+from megachat.planner.pools import GRADIENT_BYTES
+from megachat.planner.sizes import mlp_elements, stage_elements, stage_tensors, word_elements
+
+_STAGED_BYTES = 2**28
+"""`training.gradients._STAGED_BYTES`, above which no reduction is started before another ends."""
+
+_BUFFER_ELEMENTS = 2**24
+"""`training.buffers.BUFFER_ELEMENTS`, from which on a buffer of gradients takes no more tensors."""
 
 _LOSS_CHUNK_ELEMENTS = 2**20
 """`ops.token_logprobs.CHUNK_ELEMENTS`, the largest fp32 temporary of the log-probabilities."""
@@ -142,6 +149,22 @@ def _embedding_backward(setup: RoleSetup, units: _Units) -> int:
         return words + units.gather
     gradient = units.embed if setup.config.has_projection else units.hidden
     return words + gradient + (units.shard if units.gather else 0)
+
+
+def reduction_staging(setup: RoleSetup, *, stage: int) -> int:
+    """Most bytes of gradients that a data rank has from others, not added yet, with gloo.
+
+    What was started before is at most `_STAGED_BYTES`; the buffer that follows comes on top. NCCL
+    reduces in place, without any.
+    """
+    tensors = stage_tensors(setup, stage=stage)
+    largest = _BUFFER_ELEMENTS + max((*tensors.layer, *tensors.edges))
+    whole = stage_elements(setup, stage=stage).total
+    others = setup.layout.data - 1
+    received, of_the_last = (
+        GRADIENT_BYTES * others * -(-elements // setup.layout.data) for elements in (whole, largest)
+    )
+    return min(received, _STAGED_BYTES + of_the_last)
 
 
 def scoring_transients(setup: RoleSetup, *, stage: int, rows: int, tokens: int) -> Transients:

@@ -68,6 +68,18 @@ def test_training_time_without_overheads_is_operations_over_the_peak() -> None:
     assert least < seconds(single, cluster).actor_training < 1.1 * least
 
 
+@pytest.mark.parametrize("value_bytes", [2, 4])
+def test_data_ranks_exchange_each_gradient_and_each_weight_once(value_bytes: int) -> None:
+    """A rank receives 7/8 of its fp32 gradients' bytes, and 7/8 of its weights'."""
+    spread = job("1.3b", 1, 1, 8, generate=1, value_bytes=value_bytes)
+    slow, fast = (
+        seconds(spread, cluster_config(gpu_memory_gb=200.0, **IDEAL, node_link_gbps=speed))
+        for speed in (10.0, 1e9)
+    )
+    wire = 7 / 8 * spread.actor.config.num_parameters * (4 + value_bytes) / (10 * GB)
+    assert slow.actor_training - fast.actor_training == pytest.approx(wire, rel=1e-3)
+
+
 def test_a_deeper_pipeline_waits_longer_for_few_micro_batches() -> None:
     work = Workload(prompts=8)
     cluster = cluster_config(**IDEAL, node_link_gbps=1e9)

@@ -3,17 +3,22 @@
 The dry run itself, which compares whole ranks, is in `test_dry_run.py`.
 """
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megachat.model.config import Head, Recompute
+from megachat.model.specs import stage_specs
 from megachat.planner.job import Job, Workload
 from megachat.planner.transients import (
     generation_workspace,
+    reduction_staging,
     scoring_transients,
     training_transients,
 )
+from megachat.training.buffers import plan_buffers
 from tests.planner.jobs import job, jobs, role
 
 MIB = 2**20
@@ -94,3 +99,27 @@ def test_generation_needs_more_for_more_sequences_and_less_on_more_ranks() -> No
     cut = generation_workspace(job("13b", 2, 1, 4, generate=1, workload=Workload(prompts=512)))
     assert 0 < few < many < cut
     assert many < 2048 * MIB
+
+
+@pytest.mark.parametrize(("size", "data"), [("125m", 2), ("350m", 4), ("1.3b", 8)])
+def test_staged_gradients_are_bounded_for_any_order_of_the_buffers(size: str, data: int) -> None:
+    """Of the buffers that training plans: the reducer starts one more while 256 MiB are held."""
+    setup = role(size, 1, 2, data)
+    for stage in (0, 1):
+        elements = {
+            spec.name: math.prod(spec.local_shape(1))
+            for spec in stage_specs(
+                setup.config, tensor=1, pipeline=2, stage=stage, head=setup.head
+            )
+        }
+        buffers = plan_buffers(setup.config, head=setup.head, layout=setup.layout, stage=stage)
+        received = [
+            4 * sum(elements[name] for name in buffer) * (data - 1) // data for buffer in buffers
+        ]
+        bound = reduction_staging(setup, stage=stage)
+        # At worst as much as may be held, and then the largest; never more than there is.
+        assert min(sum(received), 256 * MIB + max(received)) <= bound <= sum(received) + 4 * data
+
+
+def test_one_data_rank_stages_nothing() -> None:
+    assert reduction_staging(role("1.3b", 2, 2, 1), stage=0) == 0

@@ -7,13 +7,14 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, NoReturn
 
-from megachat.parallel.failures import Failure, Signalled, failure_of
-from megachat.parallel.lifeline import News
+from megachat.parallel.failures import Failure, Severity, Signalled, failure_of, first_cause
+from megachat.parallel.lifeline import CAUSE_SECONDS, News
 from megachat.parallel.local_ranks import LocalRanks
 from megachat.parallel.rendezvous import FAREWELL_SECONDS, Meeting
 
@@ -57,17 +58,28 @@ def end_process(failure: Failure) -> NoReturn:
 
 
 def watch_ranks(ranks: LocalRanks, meeting: Meeting) -> News:
-    """How the job ends; the caller then ends what is left of the ranks."""
+    """How the job ends; the caller then ends what is left of the ranks.
+
+    The first rank to speak may be one that lost a peer of this very node: what is no cause by
+    itself waits a little for the cause.
+    """
     told = False
+    heard: list[Failure] = []
+    decide: float | None = None
     while True:
-        ready: list[Any] = wait([meeting.line.fileno(), *ranks.handles])
+        patience = None if decide is None else max(0.0, decide - time.monotonic())
+        ready: list[Any] = wait([meeting.line.fileno(), *ranks.handles], patience)
         if meeting.line.fileno() in ready:
             news = meeting.listen(timeout=0.0)
             if news is not None:
                 return news
-        for failure in ranks.collect():
-            return News(meeting.fail(failure))
-        if ranks.all_done and not told:
+        heard += ranks.collect()
+        if heard:
+            decide = decide or time.monotonic() + CAUSE_SECONDS
+            first = first_cause(heard)
+            if first.severity is Severity.CAUSE or time.monotonic() >= decide:
+                return News(meeting.fail(first))
+        elif ranks.all_done and not told:
             meeting.line.done()
             told = True
 

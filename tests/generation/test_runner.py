@@ -146,6 +146,7 @@ def _without_a_compiler(folder: str) -> str:
     """What a runner says that cannot have its kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", folder)
+        patch.setenv("HOME", folder)  # where no library was built before
         model = ref.build_model(ref.PRE_LN, ParallelLayout(), seed=0)
         settings = GenerationConfig(kv_cache_gb=1e-3, backend=Backend.CPU)
         with pytest.raises(KernelError) as caught:

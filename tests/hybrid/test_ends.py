@@ -16,6 +16,7 @@ from megachat.generation import generator as generator_module
 from megachat.generation.generator import Generator
 from megachat.generation.kv_cache import PagedKvCache
 from megachat.hybrid import engine as hybrid_module
+from megachat.hybrid import memory as memory_module
 from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.opt import OptModel
@@ -152,7 +153,7 @@ def _old_places_of_the_weights() -> None:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(WeightArena, "adopt", adopt)
-                patch.setattr(hybrid_module, "release_cached_memory", release)
+                patch.setattr(memory_module, "release_cached_memory", release)
                 build(SMALL, (0, ONE, dtype), num_blocks=100).close()
         finally:
             gc.enable()

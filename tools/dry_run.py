@@ -12,7 +12,8 @@ speak of. A ledger below every operation counts living tensors, whatever pool th
 With `--phases` all roles and stages run as in `tools/rehearsal.py`, and what the allocator keeps
 and cuts is seen, too.
 
-Not seen: memory outside of tensors (CUDA context, NCCL buffers, kernels' own workspace).
+Not seen: memory outside of tensors (CUDA context, NCCL buffers, kernels' own workspace), which the
+plan predicts, and recorded steps (CUDA graphs). `rehearsed_capacity` leaves room for both.
 """
 
 import contextlib
@@ -53,10 +54,6 @@ from tools.rehearsal import (
 
 ALLOWED = 0.01
 """Largest difference of a pool from its plan, as a part of the plan."""
-
-OUTSIDE_GB = 2.0
-"""What a GPU has no room for beside torch's tensors, arena and cache: CUDA context, modules of
-kernels, buffers of communicators. Assumed, not measured."""
 
 _TRAINING_POOLS = (Pool.WEIGHTS, Pool.EMBEDDINGS, Pool.GRADIENTS, Pool.MASTERS, Pool.MOMENTS)
 _GENERATION_POOLS = (Pool.FOREIGN_BLOCKS, Pool.KV_CACHE)
@@ -211,7 +208,7 @@ def make_plan(
 def rehearse_phases(
     plan: Plan, *, rank: int, expandable: bool = False
 ) -> Iterator[tuple[PhaseUse, int]]:
-    """Each phase of a run on one rank, with the bytes that the plan says for it.
+    """Each phase of a run on one rank, with the bytes that the plan says for it, graphs left out.
 
     Args:
         plan: How the job runs.
@@ -222,10 +219,23 @@ def rehearse_phases(
         CapacityError: Somebody gets no memory.
     """
     memory = next(memory for memory in plan.memory.ranks if rank in memory.ranks)
-    capacity = int((plan.cluster.gpu_memory_gb - OUTSIDE_GB) * GB)
+    capacity = rehearsed_capacity(plan, rank=rank)
     rehearsal = Rehearsal(plan, rank=rank, capacity_bytes=capacity, expandable=expandable)
     for use in rehearsal.run():
-        yield use, memory.phase(use.phase).total()
+        phase = memory.phase(use.phase)
+        yield use, phase.total() - phase.bytes_of(Pool.GRAPHS)
+
+
+def rehearsed_capacity(plan: Plan, *, rank: int) -> int:
+    """What one rank's GPU has for the tensors, the arena and the cache of a rehearsal, in bytes.
+
+    The plan's budget: memory without what is taken beside tensors (context, cuBLAS' workspaces,
+    communicators, peer sums) and without the margin, so that nothing holds because of the latter.
+    Recorded steps are no part of a rehearsal, so their planned bytes are taken off in all phases.
+    """
+    memory = next(memory for memory in plan.memory.ranks if rank in memory.ranks)
+    graphs = memory.phase(Phase.GENERATION).bytes_of(Pool.GRAPHS)
+    return plan.memory.budget_bytes - graphs
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -294,7 +304,7 @@ def _rehearse_and_show_phases(plan: Plan, rank: int, *, as_json: bool) -> None:
 def _phase_table(plan: Plan, rank: int, found: list[tuple[PhaseUse, int]]) -> Table:
     table = Table(
         title=f"rank {rank} of {plan.job.actor.layout} -> tp{plan.job.generation_tensor}, GB of "
-        f"{plan.cluster.gpu_memory_gb - OUTSIDE_GB:.1f}",
+        f"{rehearsed_capacity(plan, rank=rank) / GB:.1f}",
         title_justify="left",
     )
     for header in ("phase", "tensors", "allocator", "arena, cache", "peak", "planned", "calls"):

@@ -5,6 +5,7 @@ gradient is finite), the ledger answers, and lists who asked.
 """
 
 import contextlib
+import gc
 import sys
 import traceback
 import weakref
@@ -182,7 +183,10 @@ def fake_rank(layout: ParallelLayout, rank: int) -> Iterator[ProcessGroups]:
     """The communicators of one rank of a world that does not exist."""
     cpu_compat.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    # DeepSpeed collects garbage for each tensor it prepares: modules need not be looked through.
+    gc.freeze()
     try:
         yield ProcessGroups.create(layout)
     finally:
+        gc.unfreeze()
         dist.destroy_process_group()

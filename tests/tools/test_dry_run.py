@@ -16,16 +16,17 @@ from megachat.parallel.layout import ParallelLayout
 from megachat.planner.records import Pool
 from tools.dry_run import ALLOWED, RehearsedBytes, Row, app, compare, make_plan
 
-OPT_175B = ("facebook/opt-175b", (8, 8, 1), 8)
+OPT_175B = ("facebook/opt-175b", (4, 16, 1), 8)
 CASES = (
     (*OPT_175B, 0),
     (*OPT_175B, 27),
     (*OPT_175B, 63),
-    ("facebook/opt-13b", (2, 4, 1), 4, 5),
-    ("facebook/opt-66b", (4, 8, 2), 8, 37),
+    ("facebook/opt-13b", (2, 8, 1), 4, 9),
+    ("facebook/opt-66b", (4, 16, 2), 8, 37),
 )
 """(model, training layout, generation degree, rank): first, middle and last stage of OPT-175B on
-64 ranks; generation degrees above training's and, of OPT-66B, two data ranks."""
+64 ranks as the planner lays it out; generation degrees above training's and, of OPT-66B, two data
+ranks. Few layers in a stage: a rehearsal's time is that of its layers."""
 
 Case = tuple[str, tuple[int, int, int], int, int]
 Outcome = tuple[list[Row], RehearsedBytes]

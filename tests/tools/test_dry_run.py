@@ -36,14 +36,25 @@ Outcome = tuple[list[Row], RehearsedBytes]
 def pool() -> Iterator[ProcessPoolExecutor]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.harness.preload"])
-    with ProcessPoolExecutor(max_workers=2, mp_context=context) as executor:
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
         yield executor
 
 
+class Rehearsals(dict[Case, Future[Outcome]]):
+    """Each begins when a test asks for it, so that workers that share the tests share the work."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        super().__init__()
+        self._pool = pool
+
+    def __missing__(self, case: Case) -> Future[Outcome]:
+        self[case] = self._pool.submit(rehearsal, *case)
+        return self[case]
+
+
 @pytest.fixture(scope="module")
-def outcomes(pool: ProcessPoolExecutor) -> dict[Case, Future[Outcome]]:
-    """All rehearsals, under way."""
-    return {case: pool.submit(rehearsal, *case) for case in CASES}
+def outcomes(pool: ProcessPoolExecutor) -> Rehearsals:
+    return Rehearsals(pool)
 
 
 def rehearsal(model: str, layout: tuple[int, int, int], generate: int, rank: int) -> Outcome:
@@ -59,7 +70,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_pool_is_as_planned(outcomes: dict[Case, Future[Outcome]], case: Case) -> None:
+def test_every_pool_is_as_planned(outcomes: Rehearsals, case: Case) -> None:
     rows, rehearsed = outcomes[case].result(timeout=300)
     not_rehearsed = {Pool.ACTIVATIONS, Pool.WORKSPACE, Pool.GRAPHS, Pool.ROUNDING}
     assert set(rehearsed.pools) == set(Pool) - not_rehearsed
@@ -68,7 +79,7 @@ def test_every_pool_is_as_planned(outcomes: dict[Case, Future[Outcome]], case: C
 
 
 def test_a_rank_of_opt_175b_holds_the_known_bytes(
-    outcomes: dict[Case, Future[Outcome]],
+    outcomes: Rehearsals,
 ) -> None:
     """96 layers of 12 h^2 over 64 ranks with h = 12288; in fp32 twice and four times that."""
     _, rehearsed = outcomes[*OPT_175B, 27].result(timeout=300)
@@ -81,7 +92,7 @@ def test_a_rank_of_opt_175b_holds_the_known_bytes(
 
 
 def test_stages_differ_by_more_than_the_allowance(
-    outcomes: dict[Case, Future[Outcome]],
+    outcomes: Rehearsals,
 ) -> None:
     """The comparison would notice the plan of another stage."""
     (first, _), (_, last) = (outcomes[*OPT_175B, rank].result(timeout=300) for rank in (0, 63))
@@ -93,7 +104,7 @@ def test_stages_differ_by_more_than_the_allowance(
 
 
 def test_only_known_questions_about_values_are_answered(
-    outcomes: dict[Case, Future[Outcome]],
+    outcomes: Rehearsals,
 ) -> None:
     """A new one has to be looked at: a wrong answer can skip work unnoticed."""
     _, rehearsed = outcomes[*OPT_175B, 63].result(timeout=300)

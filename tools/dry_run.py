@@ -206,13 +206,14 @@ def make_plan(
 
 
 def rehearse_phases(
-    plan: Plan, *, rank: int, expandable: bool = False
+    plan: Plan, *, rank: int, first: Phase = Phase.SFT, expandable: bool = False
 ) -> Iterator[tuple[PhaseUse, int]]:
     """Each phase of a run on one rank, with the bytes that the plan says for it, graphs left out.
 
     Args:
         plan: How the job runs.
         rank: Any rank of its layout.
+        first: Where to begin: with the supervised stage, or with PPO's generation.
         expandable: Whether torch's allocator uses expandable segments.
 
     Raises:
@@ -221,7 +222,7 @@ def rehearse_phases(
     memory = next(memory for memory in plan.memory.ranks if rank in memory.ranks)
     capacity = rehearsed_capacity(plan, rank=rank)
     rehearsal = Rehearsal(plan, rank=rank, capacity_bytes=capacity, expandable=expandable)
-    for use in rehearsal.run():
+    for use in rehearsal.run(first=first):
         phase = memory.phase(use.phase)
         yield use, phase.total() - phase.bytes_of(Pool.GRAPHS)
 

@@ -173,8 +173,13 @@ class Rehearsal:
         self._ledger = DeviceLedger(allocator, row_tokens=self._tokens)
         self._memory = RehearsedMemory(self.driver, self._ledger)
 
-    def run(self, *, iterations: int = 2) -> Iterator[PhaseUse]:
-        """All phases in order, each as soon as it is over.
+    def run(self, *, first: Phase = Phase.SFT, iterations: int = 2) -> Iterator[PhaseUse]:
+        """The phases in order, each as soon as it is over.
+
+        Args:
+            first: Where to begin: with the supervised stage, or with PPO's generation, for which
+                the stages before, that leave nothing, can be left out.
+            iterations: Of PPO.
 
         Raises:
             CapacityError: Somebody gets no memory.
@@ -185,7 +190,8 @@ class Rehearsal:
             warnings.simplefilter("ignore")
             critic_groups = ProcessGroups.create(job.critic.layout)
             with fake, self._ledger:
-                yield from self._first_stages(groups, critic_groups)
+                if first is Phase.SFT:
+                    yield from self._first_stages(groups, critic_groups)
                 with self._engine(groups, critic_groups) as engine:
                     for iteration in range(1, iterations + 1):
                         yield from self._iteration(engine, iteration)

@@ -5,8 +5,6 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from megachat.config import load_config
 from megachat.data.config import Stage
 from megachat.parallel.launch import launch
@@ -64,22 +62,6 @@ def _train(config: RunConfig) -> None:
     launch(config.launch, run_stages, config, list(Stage), "megachat train", same_host=rules)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunConfig]:
-    """One launcher with four processes, and four launchers."""
-    folder = tmp_path_factory.mktemp("launchers")
-    tiny_run.write_rows(folder / "rows.jsonl")
-    one = _config(folder, "one", nodes=1, processes=4)
-    four = _config(folder, "four", nodes=4, processes=1)
-    for config in (one, four):
-        with Nodes(folder) as nodes:
-            for _ in range(config.launch.nodes):
-                nodes.start(_train, config)
-            for end in nodes.ends(seconds=240.0):
-                assert end.exit_code == 0, end
-    return one, four
-
-
 def _figures(config: RunConfig, stage: Stage) -> dict[str, Any]:
     """All that a stage has measured of the model, with every digit."""
     folder = stage_folder(config, stage)
@@ -90,10 +72,16 @@ def _figures(config: RunConfig, stage: Stage) -> dict[str, Any]:
     return figures | json.loads((folder / RESULT_FILE).read_text())["metrics"]
 
 
-@pytest.mark.parametrize("stage", list(Stage))
-def test_four_launchers_train_to_the_figures_of_one(
-    runs: tuple[RunConfig, RunConfig], stage: Stage
-) -> None:
-    one, four = (_figures(config, stage) for config in runs)
-    assert len(one) > 3
-    assert four == one
+def test_four_launchers_train_to_the_figures_of_one(tmp_path: Path) -> None:
+    tiny_run.write_rows(tmp_path / "rows.jsonl")
+    one = _config(tmp_path, "one", nodes=1, processes=4)
+    four = _config(tmp_path, "four", nodes=4, processes=1)
+    for config in (one, four):
+        with Nodes(tmp_path) as nodes:
+            for _ in range(config.launch.nodes):
+                nodes.start(_train, config)
+            for end in nodes.ends(seconds=240.0):
+                assert end.exit_code == 0, end
+    for stage in Stage:
+        assert len(_figures(one, stage)) > 3
+        assert _figures(four, stage) == _figures(one, stage), stage

@@ -18,6 +18,13 @@ from megachat.errors import LayoutError
 from megachat.parallel.launch import Worker
 
 
+def leave(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there: ranks are killed at any moment."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def report(worker: Worker, folder: Path) -> None:
     """Takes part in a collective and leaves what this rank knows of itself."""
     total = torch.tensor(float(worker.rank + 1))
@@ -29,10 +36,10 @@ def report(worker: Worker, folder: Path) -> None:
 
 def fail(worker: Worker, folder: Path, how: str, launcher: int) -> None:
     """Rank 1 ends in one of several ways while the others wait for it in a collective."""
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave(folder / f"pid{worker.rank}", str(os.getpid()))
     dist.barrier()
     if worker.rank == 1:
-        (folder / "failed").write_text(str(time.time()))
+        leave(folder / "failed", str(time.time()))
         if how == "megachat":
             raise LayoutError("heads 7 are not a multiple of tensor 2: choose 1 or 7")
         if how == "unexpected":
@@ -57,7 +64,7 @@ def fail_in_phase(worker: Worker, folder: Path, rank: int, phase: str, how: str)
     if worker.rank == rank and phase == "teardown":
         _fail_when_torn_down(folder, how)
     dist.barrier()
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave(folder / f"pid{worker.rank}", str(os.getpid()))
     if phase == "teardown":
         return
     if worker.rank == rank:
@@ -69,7 +76,7 @@ def fail_in_phase(worker: Worker, folder: Path, rank: int, phase: str, how: str)
 
 def end_by(folder: Path, how: str) -> None:
     """Raises, or is killed."""
-    (folder / "failed").write_text(str(time.time()))
+    leave(folder / "failed", str(time.time()))
     if how == "raise":
         raise LayoutError("heads 7 are not a multiple of tensor 2: choose 1 or 7")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -88,7 +95,7 @@ def _wait_for_all(folder: Path, world_size: int) -> None:
 def stay(worker: Worker, folder: Path) -> None:
     """Says that it is there and waits for a rank that never comes."""
     dist.barrier()
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave(folder / f"pid{worker.rank}", str(os.getpid()))
     if worker.rank > 0:
         dist.all_reduce(torch.zeros(1))
     while True:

@@ -149,7 +149,7 @@ def _launch_with_broken_rank(config: LaunchConfig, folder: Path, how: str) -> No
     """A launcher, one of whose ranks fails before it has joined its world."""
 
     def break_down() -> bool:
-        (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+        entries.leave(folder / f"pid{os.environ['RANK']}", str(os.getpid()))
         if os.environ["RANK"] == "2":
             entries.end_by(folder, how)
         return True
@@ -184,7 +184,7 @@ def test_a_launcher_that_is_killed_ends_the_others_and_its_own_ranks(
         for _ in range(shape[0] - 1):
             nodes.start(launch, config, entries.stay, tmp_path)
         wait_for(lambda: len(list(tmp_path.glob("pid*"))) == 4, "the ranks")
-        (tmp_path / "failed").write_text(str(time.time()))
+        entries.leave(tmp_path / "failed", str(time.time()))
         nodes.kill(killed)
         ends = list(nodes.ends())
     assert ends.pop(killed).exit_code == -signal.SIGKILL

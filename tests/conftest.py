@@ -23,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="put every fault into the kernels, not one into each, and show all of them to nvcc; "
         "records in tests/kernels/proven.json that it was done",
     )
+    parser.addoption(
+        "--campaign",
+        type=int,
+        metavar="DRAWS",
+        help="how many bad inputs tests/e2e/test_campaign.py draws, where not its few",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -77,6 +77,8 @@ class StageResult:
     seconds: float
     metrics: dict[str, float]
     """Figures for the summary, by name."""
+    ended_by: str | None = None
+    """Key of the stage's section that its number of steps comes from; None as with `memory`."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     replies: list[Reply] = field(default_factory=list)
     reshard: ReshardCost | None = None

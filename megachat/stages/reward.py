@@ -15,7 +15,12 @@ from megachat.records import PreferenceBatch
 from megachat.rlhf.objectives import PairwiseObjective, TokenwisePairwiseObjective
 from megachat.stages.config import FROM_SFT, PairLoss, RewardSection
 from megachat.stages.context import RunContext, stage_fingerprint
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.loop import (
+    export_files,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
 from megachat.stages.results import StageResult
 from megachat.stages.roles import load_model, start_model
 from megachat.stages.scope import StageScope
@@ -40,7 +45,8 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     )
     held_out = held_out_batches(PreferenceLoader, data.validation, count=config.evaluation_rows)
     model = _start(context)
-    num_steps = config.num_steps(len(loader))
+    num_steps = plan_steps(Stage.REWARD, config, steps_per_epoch=len(loader))
+    warn_of_long_warmup(Stage.REWARD, {"optimizer": config.optimizer}, num_updates=num_steps)
     engine = scope.own(
         TrainEngine(
             model,
@@ -76,6 +82,7 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.REWARD),
         seconds=time.monotonic() - started,
+        ended_by=config.step_limit(len(loader)),
         metrics={**figures, "steps": num_steps, "skipped_steps": skipped.total},
     )
 

@@ -26,7 +26,12 @@ from megachat.stages.evaluation import (
     create_judge,
     evaluate_policy,
 )
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.loop import (
+    export_files,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
 from megachat.stages.roles import load_models
 from megachat.stages.scope import StageScope
@@ -47,9 +52,14 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
         data.train, LoaderOptions(batch_size=config.batch_prompts, seed=context.config.run.seed)
     )
     held_out = held_out_batches(PromptLoader, data.validation, count=config.evaluation_rows)
-    num_steps = config.num_steps(len(loader))
+    num_steps = plan_steps(Stage.PROMPTS, config, steps_per_epoch=len(loader))
     timers = context.timers()
     num_updates = num_steps * config.ppo.epochs * config.ppo.minibatches
+    warn_of_long_warmup(
+        Stage.PROMPTS,
+        {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer},
+        num_updates=num_updates,
+    )
     trainer = PPOTrainer(
         scope.own(build_engine(context, num_updates=num_updates)),
         config=config.ppo,
@@ -105,6 +115,7 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.PROMPTS),
         seconds=time.monotonic() - started,
+        ended_by=config.step_limit(len(loader)),
         metrics={
             **figures,
             "steps": num_steps,

@@ -15,7 +15,12 @@ from megachat.parallel.rng import seed_for
 from megachat.records import SftBatch
 from megachat.rlhf.objectives import SftObjective
 from megachat.stages.context import RunContext, stage_fingerprint
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.loop import (
+    export_files,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
 from megachat.stages.results import StageResult
 from megachat.stages.roles import start_model
 from megachat.stages.scope import StageScope
@@ -41,7 +46,8 @@ def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> Stag
     held_out = held_out_batches(SftLoader, data.validation, count=config.evaluation_rows)
     options = role.options(dropout=config.dropout, attention_dropout=config.attention_dropout)
     model = start_model(context, role, head=Head.LANGUAGE_MODEL, options=options)
-    num_steps = config.num_steps(len(loader))
+    num_steps = plan_steps(Stage.SFT, config, steps_per_epoch=len(loader))
+    warn_of_long_warmup(Stage.SFT, {"optimizer": config.optimizer}, num_updates=num_steps)
     engine = scope.own(
         TrainEngine(
             model,
@@ -79,6 +85,7 @@ def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> Stag
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.SFT),
         seconds=time.monotonic() - started,
+        ended_by=config.step_limit(len(loader)),
         metrics={
             "perplexity_before": before,
             "perplexity_after": after,

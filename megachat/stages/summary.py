@@ -177,11 +177,12 @@ def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
     measures = dict.fromkeys(r.memory.measure for r in done.values() if r.memory is not None)
     return Table(
         title="Stages",
-        header=("stage", "steps", "time", "peak memory a rank", "reached"),
+        header=("stage", "steps", "ended by", "time", "peak memory a rank", "reached"),
         rows=[
             (
                 STAGE_TITLES[stage],
                 _steps(result),
+                result.ended_by or "-",
                 format_duration(result.seconds),
                 _memory_text(result.memory),
                 reached[stage](result.metrics),

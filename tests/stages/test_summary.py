@@ -48,6 +48,7 @@ def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
         replies=[Reply(prompt="how are you", before="bad [b]x[/b]", after="very <well>")],
         reshard=RESHARD if stage is Stage.PROMPTS else None,
         memory=MEMORY[stage],
+        ended_by={Stage.SFT: "max_steps", Stage.REWARD: "epochs", Stage.PROMPTS: None}[stage],
     )
 
 
@@ -113,6 +114,18 @@ def test_all_stages_are_summed_up_with_their_figures(tmp_path: Path) -> None:
     assert "megachat train --config x.toml" in html and "very &lt;well&gt;" in html
     for folder in ("sft", "reward", "rlhf"):
         assert str(config.run.output / folder / "model") in text
+
+
+def test_the_key_that_ended_a_stage_stands_beside_its_steps(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    for stage, metrics in zip(Stage, (SFT, REWARD, RLHF), strict=True):
+        write_result(stage_folder(config, stage), _result(config, stage, **metrics))
+    text, html = _report(config)
+    stages = [line.split() for line in text.splitlines() if "1m23s" in line]
+    cells = [words[words.index("12") + 1] for words in stages]
+    assert cells == ["max_steps", "epochs", "-"]
+    assert "ended by" in text and "ended by" in html and "max_steps" in html
 
 
 def test_skipped_updates_stand_beside_the_steps_of_their_stage(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
+from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import BatchLoader, BatchT, LoaderOptions
 from megachat.data.stage_data import TokenSet
 from megachat.errors import DataError
+from megachat.model.opt import OptModel
 from megachat.stages.config import RewardSection, RlhfSection, RunConfig, SftSection, StepLimit
-from megachat.stages.context import STAGE_FOLDERS, tokenizer_folder
+from megachat.stages.context import STAGE_FOLDERS, RunContext, tokenizer_folder
 from megachat.training.schedules import OptimizerConfig
 
 _EVALUATION_ROWS = 256
@@ -77,6 +79,21 @@ def held_out_batches(
             break
         batches.append(batch if batch.num_rows <= left else batch.select(torch.arange(left)))
     return batches
+
+
+def export(context: RunContext, stage: Stage, model: OptModel, *, role: str) -> None:
+    """Writes what a stage has learnt into its model folder; a collective call.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        DivergenceError: A weight is no finite number; nothing is written.
+    """
+    save_huggingface(
+        model,
+        context.model_folder(stage),
+        extra_files=export_files(context.config),
+        role=role,
+    )
 
 
 def export_files(config: RunConfig) -> Mapping[str, Path]:

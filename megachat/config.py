@@ -5,6 +5,7 @@ Knows no component: each component keeps its configuration class beside its code
 """
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -12,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 
 from megachat.errors import ConfigError
@@ -20,23 +30,40 @@ from megachat.errors import ConfigError
 PathField = Annotated[Path, Field(strict=False)]
 """A path given as a string; relative paths are relative to the working folder."""
 
+_INFINITIES = {"inf": math.inf, "-inf": -math.inf}
+"""How they are written in JSON; TOML has the same words without quotes."""
+
 ModelT = TypeVar("ModelT", bound="ConfigModel")
 
 
 class ConfigModel(BaseModel):
     """Base of every configuration class: frozen, strict types, unknown keys refused.
 
-    Infinity is a value like any other ("no bound"); it is written as `Infinity`, where pydantic's
-    default `null` could not be read back.
+    Infinity is a value like any other ("no bound"). JSON has no word for it, so it is written as
+    the string "inf", and that string is read as a number wherever one stands. NaN is none.
     """
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        protected_namespaces=(),
-        ser_json_inf_nan="constants",
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Takes the words for infinity where a number is expected; refuses NaN."""
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError("not a number")
+        name = info.field_name
+        if isinstance(value, str) and value in _INFINITIES and name is not None:
+            annotation = cls.model_fields[name].annotation
+            if annotation is float or float in typing.get_args(annotation):
+                return _INFINITIES[value]
+        return value
+
+    @field_serializer("*", mode="wrap", when_used="json")
+    def _write_number(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        """Puts the word for infinity in its place."""
+        if isinstance(value, float) and math.isinf(value):
+            return "inf" if value > 0 else "-inf"
+        return handler(value)
 
 
 def load_config(

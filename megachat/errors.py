@@ -43,7 +43,7 @@ class AgreementError(MegachatError):
 
 
 class DivergenceError(MegachatError):
-    """Training that has stopped to learn: its gradients are not finite any more."""
+    """Training whose numbers are not finite any more: a loss, gradients, scores or weights."""
 
 
 class PhaseError(MegachatError):

@@ -56,6 +56,15 @@ class Outer(ConfigModel):
         return self
 
 
+def read_strictly(text: str) -> Any:
+    """Parses what JSON's grammar allows, which Python's parser goes beyond."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def _write(folder: Path, text: str) -> Path:
     path = folder / "run.toml"
     path.write_text(text)
@@ -185,7 +194,7 @@ FLOATS = st.floats(allow_nan=False)
 def test_a_dumped_configuration_loads_again(
     bounds: list[float], names: list[str], colour: Colour
 ) -> None:
-    """Also where a bound is infinite, which JSON proper cannot write."""
+    """Also where a bound is infinite, for which JSON has no word."""
     config = Outer(
         inner=Inner(bound=bounds[0]),
         maybe=Inner(bound=-math.inf),
@@ -193,9 +202,23 @@ def test_a_dumped_configuration_loads_again(
         colour=colour,
         high=math.inf,
     )
-    for tree in (json.loads(config.model_dump_json()), config.model_dump(mode="json")):
-        assert build_config(Outer, tree, source="dump") == config
-    assert build_config(Outer, json.loads(json.dumps(tree)), source="dump") == config
+    for text in (config.model_dump_json(), json.dumps(config.model_dump(mode="json"))):
+        assert build_config(Outer, read_strictly(text), source="dump") == config
+    assert json.loads(text)["high"] == "inf" and json.loads(text)["maybe"]["bound"] == "-inf"
+
+
+@pytest.mark.parametrize("word", ["infinity", "Infinity", "nan", "1.0", ""])
+def test_other_words_are_no_numbers(word: str) -> None:
+    with pytest.raises(ConfigError, match="high: .*number"):
+        build_config(Outer, {"high": word}, source="dump")
+
+
+def test_nan_is_no_number() -> None:
+    for key in ("high", "inner.bound", "inner.rate"):
+        with pytest.raises(ConfigError, match=f"{key}: not a number, got nan"):
+            load_config(Outer, overrides=[f"{key}=nan"])
+    assert load_config(Outer, overrides=["high=inf"]).high == math.inf
+    assert build_config(Item, {"name": "inf"}, source="dump").name == "inf"
 
 
 def _configurations() -> list[type[ConfigModel]]:
@@ -227,5 +250,5 @@ def test_the_defaults_of_every_configuration_can_be_written_and_read() -> None:
     complete = [kind for kind in _configurations() if _is_complete(kind)]
     assert len(complete) >= 10
     for kind in complete:
-        tree = json.loads(kind().model_dump_json())
+        tree = read_strictly(kind().model_dump_json())
         assert build_config(kind, tree, source=kind.__name__) == kind()

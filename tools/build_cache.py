@@ -71,7 +71,9 @@ class BuildCache:
         try:
             make(unfinished)
             contents = {path.name: _hash(path) for path in unfinished.iterdir()}
-            (unfinished / _CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
+            (unfinished / _CONTENTS).write_text(
+                json.dumps(contents, allow_nan=False), encoding="utf-8"
+            )
             if entry.exists():  # torn
                 shutil.rmtree(entry)
             unfinished.rename(entry)

@@ -280,7 +280,7 @@ def main(
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(_json(plan, rank, rows, rehearsed), indent=2))
+        typer.echo(json.dumps(_json(plan, rank, rows, rehearsed), indent=2, allow_nan=False))
     else:
         Console().print(_table(plan, rank, rows))
     if any(abs(row.difference) > ALLOWED for row in rows):
@@ -297,7 +297,7 @@ def _rehearse_and_show_phases(plan: Plan, rank: int, *, as_json: bool) -> None:
     finally:
         if as_json:
             seen = [{**asdict(use), "planned_bytes": planned} for use, planned in found]
-            typer.echo(json.dumps({"rank": rank, "phases": seen}, indent=2))
+            typer.echo(json.dumps({"rank": rank, "phases": seen}, indent=2, allow_nan=False))
         else:
             Console().print(_phase_table(plan, rank, found))
 

@@ -72,10 +72,11 @@ struct Mass {
     float log() const { return top == kImpossible ? top : top + std::log(sum); }
 };
 
-// Of `count` numbers, a multiple of the vector's lanes.
+// Of `count` numbers, a multiple of the vector's lanes. NaN among them is in the sum: a largest
+// number passes over it unless it came first, so impossible numbers behind it do not hide it.
 inline Mass mass_of(const float* x, int64_t count) {
     Floats top = load(x);
-    for (int64_t i = kLanes; i < count; i += kLanes) top = larger(top, load(x + i));
+    for (int64_t i = kLanes; i < count; i += kLanes) top = larger(load(x + i), top);
     Mass mass;
     mass.top = largest(top);
     if (mass.top == kImpossible) return mass;

@@ -95,7 +95,7 @@ class Draft:
                 )
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (self.path / name).write_text(text, encoding="utf-8")
 
 

@@ -101,6 +101,6 @@ def _header(entries: Sequence[TensorEntry]) -> bytes:
             "data_offsets": [start, start + entry.num_bytes],
         }
         start += entry.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

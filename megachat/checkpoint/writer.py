@@ -19,10 +19,12 @@ from megachat.checkpoint.names import huggingface_names, huggingface_shape, take
 from megachat.checkpoint.reader import CONFIG_FILE, SAFETENSORS_INDEX
 from megachat.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from megachat.checkpoint.save_plan import FileTask, WeightFile, plan_files, plan_save
-from megachat.errors import MegachatError
+from megachat.errors import DivergenceError, MegachatError
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
 from megachat.model.specs import TensorSpec
+from megachat.ops.finite import all_finite
+from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.handover import Board, on_first_rank
 from megachat.telemetry.transfer import TransferProgress
 
@@ -41,6 +43,7 @@ def save_huggingface(
     dtype: torch.dtype | None = None,
     extra_files: Mapping[str, Path] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    role: str = "model",
 ) -> None:
     """Writes a folder that `transformers` loads; a collective call of all ranks of the layout.
 
@@ -54,12 +57,15 @@ def save_huggingface(
         dtype: Of the weights in the files; None keeps the model's.
         extra_files: Files to copy into the folder (the tokenizer's), by their name in it.
         max_shard_bytes: Largest weight file.
+        role: What the model is called in an error.
 
     Raises:
+        DivergenceError: On every rank, and nothing is touched, if a weight is NaN or infinite.
         CheckpointError: On every rank, if the folder cannot be written or holds something else
             than an export, an extra file is missing, or the disk is too small.
         LaunchError: A writer took longer than `HANDOVER_LIMIT` for a batch of weights.
     """
+    _require_finite(model, role=role)
     groups, kept = model.groups, dtype or model.options.dtype
     files = plan_files(model.global_specs(), dtype=kept, max_shard_bytes=max_shard_bytes)
     target, needed = folder.resolve(), sum(file.num_bytes for file in files)
@@ -77,6 +83,19 @@ def save_huggingface(
     finally:
         if groups.rank == 0:
             draft.discard()
+
+
+def _require_finite(model: OptModel, *, role: str) -> None:
+    """Looks at every weight where it lies; a collective call that raises on all ranks alike."""
+    named = model.parameters_by_spec()
+    flags = torch.stack([all_finite(parameter.detach()) for parameter in named.values()])
+    own = [name for name, is_finite in zip(named, flags.tolist(), strict=True) if not is_finite]
+    bad = list(dict.fromkeys(name for rank in all_gather_objects(own) for name in rank))
+    if bad:
+        raise DivergenceError(
+            f"the {role} is not written: {bad[0]} holds NaN or infinity ({len(bad)} parameters "
+            "do): lower the learning rate"
+        )
 
 
 class _Saver:

@@ -139,7 +139,7 @@ def plan(options: PlanOptions) -> None:
         content |= report.plan_json(best)
         if options.search:
             content["search"] = report.search_json(result, limit=options.limit)
-        typer.echo(json.dumps(content, indent=2))
+        typer.echo(json.dumps(content, indent=2, allow_nan=False))
     elif options.as_markdown:
         typer.echo(report.markdown_section(best, result, title=title, limit=options.limit))
     else:

@@ -27,7 +27,7 @@ _WITHOUT_LOCKS = (
 
 def content_key(parts: Mapping[str, Any]) -> str:
     """A short hash of values that JSON can express; the order of keys does not matter."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

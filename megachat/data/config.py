@@ -52,9 +52,9 @@ class LongAnswers(StrEnum):
 
 SplitWeights = Annotated[
     tuple[
-        Annotated[float, Field(ge=0.0)],
-        Annotated[float, Field(ge=0.0)],
-        Annotated[float, Field(ge=0.0)],
+        Annotated[float, Field(ge=0.0, allow_inf_nan=False)],
+        Annotated[float, Field(ge=0.0, allow_inf_nan=False)],
+        Annotated[float, Field(ge=0.0, allow_inf_nan=False)],
     ],
     Field(strict=False),
 ]
@@ -79,7 +79,7 @@ class SourceConfig(ConfigModel):
     split: SplitWeights | None = None
     """Shares for the three steps, e.g. (10, 0, 0) for supervised data; None takes the common
     one."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     """How often each training row appears in an epoch: 1 once, 2 twice, 0.5 a new random half in
     every epoch."""
     max_rows: Annotated[int, Field(gt=0)] | None = None

@@ -61,7 +61,7 @@ def convert_source(source: SourceConfig, opened: OpenSource, folder: Path) -> No
         write_arrow(folder / f"{split}.arrow", ROW_COLUMNS, converter.blocks(read()))
         converter.log(split)
         reports[split] = asdict(converter.report)
-    (folder / _REPORT_FILE).write_text(json.dumps(reports))
+    (folder / _REPORT_FILE).write_text(json.dumps(reports, allow_nan=False))
 
 
 def check_reports(

@@ -321,7 +321,9 @@ def _build_stage(
             sources, encoders, counts[TRAIN], counts[VALIDATION], strict=True
         )
     ]
-    (folder / _REPORT_FILE).write_text(json.dumps([asdict(report) for report in reports]))
+    (folder / _REPORT_FILE).write_text(
+        json.dumps([asdict(report) for report in reports], allow_nan=False)
+    )
 
 
 def _text_blocks(

@@ -16,7 +16,10 @@ class SamplingConfig(ConfigModel):
         default=1, ge=0, description="No stop token before this many tokens, it included."
     )
     temperature: float = Field(
-        default=1.0, ge=0, description="Divides the logits; 0 takes the most likely token."
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Divides the logits; 0 takes the most likely token.",
     )
     top_k: int = Field(default=0, ge=0, description="Keep the k most likely tokens; 0 keeps all.")
     top_p: float = Field(
@@ -25,6 +28,7 @@ class SamplingConfig(ConfigModel):
     repetition_penalty: float = Field(
         default=1.0,
         gt=0,
+        allow_inf_nan=False,
         description="Divides positive and multiplies negative logits of tokens that the prompt or "
         "the response holds already; 1 changes nothing.",
     )
@@ -45,6 +49,7 @@ class GenerationConfig(ConfigModel):
     kv_cache_gb: float = Field(
         default=4.0,
         gt=0,
+        allow_inf_nan=False,
         description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
         "stays untouched.",
     )

@@ -21,10 +21,13 @@ from megachat.generation.session import Answers, DecodeSession, SessionStatistic
 from megachat.generation.weights import GenerationWeights
 from megachat.model.opt import OptModel
 from megachat.ops.all_reduce import group_sum
+from megachat.ops.finite import require_finite
 from megachat.parallel.collectives import all_gather_rows
 from megachat.parallel.lifetime import Owner
 from megachat.parallel.memory import PhaseMemory
 from megachat.records import PromptBatch, Rollout
+
+_SAMPLED = "log-probs of the tokens that the actor sampled"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +129,7 @@ class Generator(Owner):
                 cache.
             DataError: A prompt is empty or has ids outside the vocabulary.
             ConfigError: `num_samples` is below 1.
+            DivergenceError: On every rank, a logit is NaN or infinite.
             PhaseError: The generator was closed.
         """
         self.check_open()
@@ -151,7 +155,10 @@ class Generator(Owner):
         samples = torch.arange(num_samples)
         expanded = (rows[:, None] * num_samples + samples).masked_fill(rows[:, None] < 0, -1)
         prompt_rows = torch.arange(prompts.num_rows).repeat_interleave(num_samples)
-        return self._assemble(prompts.select(prompt_rows), padded, expanded.flatten())
+        rollout = self._assemble(prompts.select(prompt_rows), padded, expanded.flatten())
+        # A logit that is no number is in the log-prob of whatever was drawn beside it.
+        require_finite(rollout.logprobs, what=_SAMPLED)
+        return rollout
 
     def stream(
         self, prompts: PromptBatch, *, sampling: SamplingConfig, seed: int
@@ -171,12 +178,14 @@ class Generator(Owner):
         Raises:
             CapacityError: As `generate`.
             DataError: As `generate`.
+            DivergenceError: As `generate`, at the first such token.
             PhaseError: As `generate`.
         """
         self.check_open()
         self._check(prompts, sampling)
         session = self._session(sampling)
         for new in session.run(prompts, keys=request_keys(prompts.ids.tolist(), seed=seed)):
+            require_finite(new.logprobs, what=_SAMPLED)
             rows = zip(
                 new.answers.tolist(), new.tokens.tolist(), new.logprobs.tolist(), strict=True
             )

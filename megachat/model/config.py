@@ -7,7 +7,7 @@ Models", table 1); `ModelOptions` is how one role runs it. Both are pure values.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import lcm
+from math import isfinite, lcm
 from typing import TYPE_CHECKING, Any
 
 from megachat.errors import ConfigError, LayoutError
@@ -309,7 +309,7 @@ def _integer(values: Mapping[str, Any], key: str, *, default: int | None = None)
 
 def _number(values: Mapping[str, Any], key: str, *, default: float) -> float:
     value = values.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
         raise ConfigError(f"{key} is {value!r}: expected a number")
     return float(value)
 

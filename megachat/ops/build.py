@@ -286,7 +286,9 @@ def _compile(recipe: Recipe, *, compiler: str, library: Path) -> float:
             "seconds": round(seconds, 1),
             "targets": recipe.targets,
         }
-        unfinished.with_suffix(".json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+        unfinished.with_suffix(".json").write_text(
+            json.dumps(record, indent=2, allow_nan=False), encoding="utf-8"
+        )
         unfinished.with_suffix(".json").replace(library.with_suffix(".json"))
         unfinished.replace(library)
     except OSError as error:

@@ -58,7 +58,7 @@ class Failure:
 
     def to_json(self) -> str:
         """As text of one line."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Failure":

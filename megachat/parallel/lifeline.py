@@ -296,7 +296,7 @@ class Hub:
     @staticmethod
     def _send(peer: _Peer, words: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            peer.connection.sendall(json.dumps(words).encode() + b"\n")
+            peer.connection.sendall(json.dumps(words, allow_nan=False).encode() + b"\n")
 
     def _drop(self, peer: _Peer) -> None:
         del self._peers[peer.connection.fileno()]
@@ -395,7 +395,7 @@ class Line:
     def _write(self, words: dict[str, Any]) -> None:
         """A hub that is gone is noticed when its messages are read."""
         with contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps(words).encode() + b"\n")
+            self._connection.sendall(json.dumps(words, allow_nan=False).encode() + b"\n")
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from megachat.errors import AgreementError
 from megachat.generation.config import SamplingConfig
+from megachat.hybrid.engine import HybridEngine
+from megachat.ops.finite import require_finite, require_number
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rng import generator_for, seed_for
 from megachat.records import Experience, PromptBatch, Rollout
@@ -154,6 +156,9 @@ class PPOTrainer:
         """Samples a response to every prompt and scores it with all four roles.
 
         The statistics of the rollout are left in `experience_metrics`.
+
+        Raises:
+            DivergenceError: A log-prob, value or score is no finite number; names the role.
         """
         seed = seed_for(self._seed, "rollout", self._iteration)
         rollout = self.generate(prompts, sampling=self.sampling, seed=seed)
@@ -161,8 +166,12 @@ class PPOTrainer:
             temperature = self.sampling.temperature
             logprobs = rollout.logprobs
             if self._old_logprobs is OldLogprobs.RECOMPUTE:
-                logprobs = self._actor_logprobs(rollout, temperature=temperature)
-            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
+                logprobs = self._logprobs(
+                    "actor", self.engine.actor.training, rollout, temperature=temperature
+                )
+            ref_logprobs = self._logprobs(
+                "reference", self.engine.reference, rollout, temperature=temperature
+            )
             critic_output = self._critic_output(rollout)
             scores = self._scores(rollout)
         self._iteration += 1
@@ -182,8 +191,13 @@ class PPOTrainer:
             temperature: The one they were sampled at.
         """
         with self.engine.scoring():
-            logprobs = self._actor_logprobs(rollout, temperature=temperature)
-            ref_logprobs = self._reference_logprobs(rollout, temperature=temperature)
+            logprobs, ref_logprobs = (
+                self._logprobs(role, engine, rollout, temperature=temperature)
+                for role, engine in (
+                    ("actor", self.engine.actor.training),
+                    ("reference", self.engine.reference),
+                )
+            )
             scores = self._scores(rollout)
         return RolloutStatistics(scores=scores, log_ratios=logprobs - ref_logprobs)
 
@@ -201,6 +215,7 @@ class PPOTrainer:
         Raises:
             AgreementError: What decoding noted down is not what training computes; no weight has
                 changed since the policy sampled.
+            DivergenceError: A loss is no finite number; that model's weights are those of before.
         """
         actor, critic = self.engine.actor.training, self.engine.critic
         with self._timers.phase("train actor"):
@@ -215,6 +230,7 @@ class PPOTrainer:
                     backend=self.engine.logprob_backend,
                 ),
             )
+            require_number(policy.loss, what="loss of the actor")
             gap = self._decoding_gap(experience, policy)
             with self._timers.phase("optimizer"):
                 actor_step = actor.step()
@@ -222,6 +238,7 @@ class PPOTrainer:
             value = critic.forward_backward(
                 experience, StandardizedValueObjective.for_batch(experience, self.config)
             )
+            require_number(value.loss, what="loss of the critic")
             with self._timers.phase("optimizer"):
                 critic_step = critic.step()
         metrics = {
@@ -269,8 +286,9 @@ class PPOTrainer:
         estimates = generalized_advantages(
             rewards=rewards, values=values, response_mask=mask, gamma=config.gamma, lam=config.lam
         )
+        advantages = whiten(estimates.advantages, mask=mask, whitening=config.whitening)
         mean_kl = float(masked_mean(logprobs - ref_logprobs, mask=mask))
-        self.experience_metrics = self._reshard_metrics() | {
+        self.experience_metrics = _reshard_metrics(self.engine.actor) | {
             "rlhf/score": float(scores.mean()),
             "rlhf/standardized_score": float(standardized.mean()),
             "rlhf/reward": float(rewards.sum(dim=1).mean()),
@@ -298,8 +316,8 @@ class PPOTrainer:
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
-            advantages=whiten(estimates.advantages, mask=mask, whitening=config.whitening),
-            returns=estimates.returns,
+            advantages=require_finite(advantages, what="advantages of the actor"),
+            returns=require_finite(estimates.returns, what="returns of the critic"),
             scores=scores,
             finished=rollout.finished,
             score_mean=score_mean,
@@ -331,52 +349,33 @@ class PPOTrainer:
             )
         return _gap_metrics(mean=mean, largest=largest)
 
-    def _reshard_metrics(self) -> dict[str, float]:
-        """The latest phase change of the actor, the slowest and largest of all ranks."""
-        mine = self.engine.actor.last_reshard
-        assert mine is not None, "a rollout comes out of a generation phase"
-        report = ReshardReport.of_all_ranks(all_gather_objects(mine))
-        return {
-            "perf/reshard_seconds": report.seconds,
-            "perf/reshard_received_bytes": report.received_bytes,
-            "perf/reshard_redundant_bytes": report.redundant_bytes,
-            "perf/offloaded_bytes": self.engine.actor.last_pause.offloaded_bytes,
-            "perf/lent_bytes": self.engine.actor.last_pause.lent_bytes,
-        }
-
-    def _actor_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
-        """`[batch, response_len]` log-probs under the present actor, on its training path."""
-        with self._timers.phase("actor"):
-            return self._logprobs(self.engine.actor.training, rollout, temperature=temperature)
-
-    def _reference_logprobs(self, rollout: Rollout, *, temperature: float) -> Tensor:
-        """`[batch, response_len]` log-probs under the reference."""
-        with self._timers.phase("reference"):
-            return self._logprobs(self.engine.reference, rollout, temperature=temperature)
-
-    def _logprobs(self, engine: ForwardEngine, rollout: Rollout, *, temperature: float) -> Tensor:
-        """`[batch, response_len]` log-probs of the response tokens under a policy."""
-        return engine.score(
-            rollout,
-            ResponseLogprobs(
-                response_len=rollout.logprobs.shape[1],
-                temperature=temperature,
-                group=engine.groups.tensor,
-                vocab_start=engine.vocab_start,
-                backend=self.engine.logprob_backend,
-            ),
+    def _logprobs(
+        self, role: str, engine: ForwardEngine, rollout: Rollout, *, temperature: float
+    ) -> Tensor:
+        """`[batch, response_len]` log-probs of the response tokens, on a role's training path."""
+        function = ResponseLogprobs(
+            response_len=rollout.logprobs.shape[1],
+            temperature=temperature,
+            group=engine.groups.tensor,
+            vocab_start=engine.vocab_start,
+            backend=self.engine.logprob_backend,
         )
+        with self._timers.phase(role):
+            logprobs = engine.score(rollout, function)
+        return require_finite(logprobs, what=f"log-probs of the {role}")
 
     def _critic_output(self, rollout: Rollout) -> Tensor:
         """`[batch, response_len]` raw output of the critic, on the reward model's scale."""
         function = ResponseValues(response_len=rollout.logprobs.shape[1])
         with self._timers.phase("critic"):
-            return self.engine.critic.score(rollout, function)
+            values = self.engine.critic.score(rollout, function)
+        return require_finite(values, what="values of the critic")
 
     def _scores(self, rollout: Rollout) -> Tensor:
         """`[batch]` raw scores of the reward model."""
         with self._timers.phase("reward"):
-            return self.engine.reward.score(rollout, FinalScores()).squeeze(1)
+            scores = self.engine.reward.score(rollout, FinalScores()).squeeze(1)
+        return require_finite(scores, what="scores of the reward model")
 
 
 class StandardizedValueObjective:
@@ -415,6 +414,20 @@ class StandardizedValueObjective:
         rows = output.rows
         values = (output.values - batch.score_mean[rows]) / batch.score_std[rows]
         return self._standardized(replace(output, values=values), batch, row_weights)
+
+
+def _reshard_metrics(actor: HybridEngine) -> dict[str, float]:
+    """The latest phase change of the actor, the slowest and largest of all ranks."""
+    mine = actor.last_reshard
+    assert mine is not None, "a rollout comes out of a generation phase"
+    report = ReshardReport.of_all_ranks(all_gather_objects(mine))
+    return {
+        "perf/reshard_seconds": report.seconds,
+        "perf/reshard_received_bytes": report.received_bytes,
+        "perf/reshard_redundant_bytes": report.redundant_bytes,
+        "perf/offloaded_bytes": actor.last_pause.offloaded_bytes,
+        "perf/lent_bytes": actor.last_pause.lent_bytes,
+    }
 
 
 def _update_metrics(role: str, step: StepReport, *, skipped: int) -> dict[str, float]:

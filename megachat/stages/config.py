@@ -92,7 +92,7 @@ class ShapeSection(ConfigModel):
     embed_dim: int | None = Field(default=None, ge=1, description="None is hidden.")
     max_positions: int = Field(default=2048, ge=2)
     layer_norm_first: bool = True
-    init_std: float = Field(default=0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0, allow_inf_nan=False)
 
     def opt_config(self, *, vocab_size: int, pad_id: int, bos_id: int, eos_id: int) -> OptConfig:
         """The architecture for a vocabulary."""
@@ -177,20 +177,35 @@ class ModelsSection(ConfigModel):
     """Reward model and critic."""
 
 
+class StepLimit(StrEnum):
+    """The key of a stage's section that ends its loop."""
+
+    EPOCHS = "epochs"
+    MAX_STEPS = "max_steps"
+
+
 class _LoopSection(ConfigModel):
     """What the loops of all stages share."""
 
-    epochs: int = Field(default=1, ge=1)
-    """Passes over the stage's data."""
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the stage's data; None: as many as `max_steps` takes, without that one."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many steps; None runs all epochs."""
+    """Steps of the stage; None runs all epochs. Where both are given, what comes first ends it."""
     evaluation_rows: int = Field(default=512, ge=1)
     """Held-out rows that are evaluated before and after."""
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole stage."""
-        total = steps_per_epoch * self.epochs
-        return total if self.max_steps is None else min(total, self.max_steps)
+        if self.max_steps is None:
+            return steps_per_epoch * (self.epochs or 1)
+        if self.epochs is None:
+            return self.max_steps
+        return min(steps_per_epoch * self.epochs, self.max_steps)
+
+    def step_limit(self, steps_per_epoch: int) -> StepLimit:
+        """What ends the stage after `num_steps` steps."""
+        ends = self.max_steps is not None and self.max_steps == self.num_steps(steps_per_epoch)
+        return StepLimit.MAX_STEPS if ends else StepLimit.EPOCHS
 
 
 class _BucketedSection(_LoopSection):
@@ -216,7 +231,7 @@ class RewardSection(_BucketedSection):
     batch_pairs: int = Field(default=32, ge=1)
     """Pairs of a global batch."""
     loss: Annotated[PairLoss, Field(strict=False)] = PairLoss.BRADLEY_TERRY
-    center_coef: float = Field(default=0.0, ge=0)
+    center_coef: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight of the mean squared score, which keeps scores around zero."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -86,21 +86,25 @@ def evaluate_policy(
 
 def compare(
     before: PolicyEvaluation, after: PolicyEvaluation, *, judge: Judge | None, seed: int
-) -> dict[str, float]:
-    """The figures that say what PPO changed; `before` is the reference policy."""
+) -> dict[str, float | None]:
+    """The figures that say what PPO changed; `before` is the reference policy.
+
+    None stands for one that does not exist: replies without words have no share of anything.
+    """
     spread = _std(before.scores)
     texts = {"before": before.replies, "after": after.replies}
     lexicon = judge.lexicon if judge is not None else frozenset()
     quality = {name: describe_texts(list(value), lexicon=lexicon) for name, value in texts.items()}
-    figures = {
+    distinct = {name: _defined(value.distinct_2) for name, value in quality.items()}
+    figures: dict[str, float | None] = {
         "score_before": _mean(before.scores),
         "score_after": _mean(after.scores),
         "score_std_before": spread,
         "score_gain_in_std": (_mean(after.scores) - _mean(before.scores)) / spread,
         "kl": after.kl,
-        "distinct2_before": quality["before"].distinct_2,
-        "distinct2_after": quality["after"].distinct_2,
-        "distinct2_ratio": _ratio(quality["after"].distinct_2, quality["before"].distinct_2),
+        "distinct2_before": distinct["before"],
+        "distinct2_after": distinct["after"],
+        "distinct2_ratio": _ratio(distinct["after"], distinct["before"]),
         "finished_before": before.finished_share,
         "finished_after": after.finished_share,
         "tokens_before": before.mean_tokens,
@@ -114,8 +118,8 @@ def compare(
             "truth_gain": gain.estimate,
             "truth_gain_low": gain.low,
             "truth_gain_high": gain.high,
-            "positive_share_before": quality["before"].lexicon_share,
-            "positive_share_after": quality["after"].lexicon_share,
+            "positive_share_before": _defined(quality["before"].lexicon_share),
+            "positive_share_after": _defined(quality["after"].lexicon_share),
         }
     return figures
 
@@ -142,9 +146,14 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _ratio(value: float, base: float) -> float:
-    """NaN where the base is zero or not a number (replies of less than two words)."""
-    return value / base if base > 0 else math.nan
+def _defined(value: float) -> float | None:
+    """A statistic of texts, None where there is none."""
+    return None if math.isnan(value) else value
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    """None where a side does not exist (replies of less than two words) or the base is zero."""
+    return value / base if value is not None and base else None
 
 
 def _std(values: Sequence[float]) -> float:

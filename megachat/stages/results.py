@@ -75,8 +75,10 @@ class StageResult:
     fingerprint: str
     """Of the configuration that determined it."""
     seconds: float
-    metrics: dict[str, float]
-    """Figures for the summary, by name."""
+    metrics: dict[str, float | None]
+    """Figures for the summary, by name; None where one does not exist."""
+    ended_by: str | None = None
+    """Key of the stage's section that its number of steps comes from; None as with `memory`."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     replies: list[Reply] = field(default_factory=list)
     reshard: ReshardCost | None = None
@@ -87,7 +89,7 @@ class StageResult:
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
     """Hash of the configuration values that determine a stage's output."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    text = json.dumps(parts, sort_keys=True, default=str, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -96,8 +98,9 @@ def write_json(path: Path, value: Any) -> None:
 
     Raises:
         ConfigError: The folder cannot be written.
+        ValueError: A number in it is none: JSON has no word for NaN or infinity.
     """
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,19 +3,26 @@
 import time
 from collections.abc import Iterable
 
-from megachat.checkpoint.huggingface import MissingHead, save_huggingface
+from megachat.checkpoint.huggingface import MissingHead
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PreferenceLoader, endless
 from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
+from megachat.ops.finite import require_number
 from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import PreferenceBatch
 from megachat.rlhf.objectives import PairwiseObjective, TokenwisePairwiseObjective
 from megachat.stages.config import FROM_SFT, PairLoss, RewardSection
 from megachat.stages.context import RunContext, stage_fingerprint
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.finite import at, require_figures
+from megachat.stages.loop import (
+    export,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
 from megachat.stages.results import StageResult
 from megachat.stages.roles import load_model, start_model
 from megachat.stages.scope import StageScope
@@ -40,7 +47,8 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     )
     held_out = held_out_batches(PreferenceLoader, data.validation, count=config.evaluation_rows)
     model = _start(context)
-    num_steps = config.num_steps(len(loader))
+    num_steps = plan_steps(Stage.REWARD, config, steps_per_epoch=len(loader))
+    warn_of_long_warmup(Stage.REWARD, {"optimizer": config.optimizer}, num_updates=num_steps)
     engine = scope.own(
         TrainEngine(
             model,
@@ -56,7 +64,9 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
         StageProgress(progress_title, total=num_steps) as progress,
     ):
         for step, batch in zip(range(num_steps), endless(loader), strict=False):
-            report = engine.forward_backward(batch, _objective(config, batch))
+            with at(f"{Stage.REWARD} step {step}"):
+                report = engine.forward_backward(batch, _objective(config, batch))
+                require_number(report.loss, what="loss of the reward model")
             update = engine.step()
             values = {f"reward/{name}": value for name, value in report.metrics.items()}
             values |= {
@@ -68,14 +78,16 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
             metrics.write(step, values)
             skipped.check(step)
             progress.advance(values)
-        figures = pair_metrics(engine, held_out, config)
+        skipped.conclude()
+        with at(f"{Stage.REWARD} after training"):
+            figures = pair_metrics(engine, held_out, config)
+            require_figures(figures, of="the reward model on held-out pairs")
+            export(context, Stage.REWARD, model, role="reward model")
         metrics.write(num_steps, {f"reward/held_out_{name}": v for name, v in figures.items()})
-    save_huggingface(
-        model, context.model_folder(Stage.REWARD), extra_files=export_files(context.config)
-    )
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.REWARD),
         seconds=time.monotonic() - started,
+        ended_by=config.step_limit(len(loader)),
         metrics={**figures, "steps": num_steps, "skipped_steps": skipped.total},
     )
 

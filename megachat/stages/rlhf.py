@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from statistics import fmean
 
-from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PromptLoader, endless
 from megachat.data.stage_data import build_stage_data
@@ -26,13 +25,20 @@ from megachat.stages.evaluation import (
     create_judge,
     evaluate_policy,
 )
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.finite import at, require_figures
+from megachat.stages.loop import (
+    export,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
 from megachat.stages.roles import load_models
 from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.metrics import MetricsSink
 from megachat.telemetry.progress import StageProgress
+from megachat.telemetry.timers import PhaseTimers
 from megachat.training.engine import ForwardEngine, TrainEngine
 
 
@@ -47,19 +53,9 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
         data.train, LoaderOptions(batch_size=config.batch_prompts, seed=context.config.run.seed)
     )
     held_out = held_out_batches(PromptLoader, data.validation, count=config.evaluation_rows)
-    num_steps = config.num_steps(len(loader))
+    num_steps = plan_steps(Stage.PROMPTS, config, steps_per_epoch=len(loader))
     timers = context.timers()
-    num_updates = num_steps * config.ppo.epochs * config.ppo.minibatches
-    trainer = PPOTrainer(
-        scope.own(build_engine(context, num_updates=num_updates)),
-        config=config.ppo,
-        sampling=config.sampling,
-        seed=seed_for(context.config.run.seed, Stage.PROMPTS),
-        timers=timers,
-        old_logprobs=config.old_logprobs,
-        tolerance=config.logprob_tolerance,
-    )
-
+    trainer = _build_trainer(context, scope, timers, num_steps=num_steps)
     skipped = SkippedUpdates(
         context,
         Stage.PROMPTS,
@@ -81,30 +77,33 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
             progress_title, total=num_steps, show=("rlhf/score", "rlhf/kl", "ppo/clip_fraction")
         ) as progress,
     ):
-        with timers.phase("evaluate"):
-            before = evaluate()
-        with timers.phase("calibrate"):
-            trainer.calibrate(loader)
+        with at(f"{Stage.PROMPTS} before training"):
+            with timers.phase("evaluate"):
+                before = evaluate()
+            with timers.phase("calibrate"):
+                trainer.calibrate(loader)
         steps = []
         for step, prompts in zip(range(num_steps), endless(loader), strict=False):
-            steps.append(ppo_step(trainer, prompts, step=step, metrics=metrics, skipped=skipped))
+            with at(f"{Stage.PROMPTS} step {step}"):
+                values = ppo_step(trainer, prompts, step=step, metrics=metrics, skipped=skipped)
+            steps.append(values)
             skipped.check(step)
-            progress.advance(steps[-1])
+            progress.advance(values)
+        skipped.conclude()
+    with at(f"{Stage.PROMPTS} after training"):
         with timers.phase("evaluate"):
             after = evaluate()
-    with timers.phase("save"):
-        save_huggingface(
-            trainer.engine.actor.training.model,
-            context.model_folder(Stage.PROMPTS),
-            extra_files=export_files(context.config),
-        )
-    figures = compare(before, after, judge=judge, seed=context.config.run.seed)
+        figures = compare(before, after, judge=judge, seed=context.config.run.seed)
+        require_figures(figures, of="the actor on held-out prompts")
+        with timers.phase("save"):
+            export(context, Stage.PROMPTS, trainer.engine.actor.training.model, role="actor")
     if context.worker.rank == 0:
         folder = context.folder(Stage.PROMPTS)
         write_json(folder / "held_out.json", {"before": asdict(before), "after": asdict(after)})
     return StageResult(
         fingerprint=stage_fingerprint(context.config, Stage.PROMPTS),
         seconds=time.monotonic() - started,
+        ended_by=config.step_limit(len(loader)),
         metrics={
             **figures,
             "steps": num_steps,
@@ -114,6 +113,28 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
         phase_seconds=timers.self_totals(),
         reshard=_reshard_cost(context, steps),
         replies=_replies(before, after, count=config.samples),
+    )
+
+
+def _build_trainer(
+    context: RunContext, scope: StageScope, timers: PhaseTimers, *, num_steps: int
+) -> PPOTrainer:
+    """PPO over the four roles, which end with the stage."""
+    config = context.config.rlhf
+    num_updates = num_steps * config.ppo.epochs * config.ppo.minibatches
+    warn_of_long_warmup(
+        Stage.PROMPTS,
+        {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer},
+        num_updates=num_updates,
+    )
+    return PPOTrainer(
+        scope.own(build_engine(context, num_updates=num_updates)),
+        config=config.ppo,
+        sampling=config.sampling,
+        seed=seed_for(context.config.run.seed, Stage.PROMPTS),
+        timers=timers,
+        old_logprobs=config.old_logprobs,
+        tolerance=config.logprob_tolerance,
     )
 
 

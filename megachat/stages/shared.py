@@ -194,7 +194,7 @@ def _state(each: Input) -> _State:
 def _signature(place: Place) -> str:
     """Hash of the names and sizes of files, and of a model's configuration."""
     sizes = [(path.name, path.stat().st_size) for path in place.files]
-    digest = hashlib.sha256(json.dumps(sizes).encode())
+    digest = hashlib.sha256(json.dumps(sizes, allow_nan=False).encode())
     for path in place.files:
         if path.name == CONFIG_FILE:
             digest.update(path.read_bytes())

@@ -13,6 +13,7 @@ from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.errors import DivergenceError
 from megachat.stages.context import RunContext
+from megachat.stages.finite import at
 from megachat.stages.loop import export_files
 from megachat.training.engine import TrainEngine
 
@@ -79,7 +80,8 @@ class SkippedUpdates:
         if role is None:
             return
         folder = self._context.folder(self._stage) / LAST_GOOD_FOLDER
-        self._save(folder)
+        with at(f"{self._stage} step {step}"):
+            self._save(folder)
         engine = self._engines[role]
         raise DivergenceError(
             f"{self._stage} step {step}: the last {engine.skipped_in_a_row} updates of the {role} "
@@ -87,6 +89,21 @@ class SkippedUpdates:
             f"launch.max_skipped_steps is {self._limit}: the weights of before are in {folder}; "
             "lower the learning rate, or look for the rows of these steps in the data"
         )
+
+    def conclude(self) -> None:
+        """Ends a stage of which a role has learnt nothing; all ranks call it alike.
+
+        Raises:
+            DivergenceError: Every update of the role was skipped, fewer than the limit.
+        """
+        for role, engine in self._engines.items():
+            if engine.steps_done and engine.skipped_steps == engine.steps_done:
+                raise DivergenceError(
+                    f"{self._stage} after training: all {engine.steps_done} updates of the {role} "
+                    f"were skipped, since its gradient was not finite (norm "
+                    f"{engine.gradient_norm:g}): lower the learning rate, or look at the weights "
+                    "and rows it began with"
+                )
 
     def _find_stuck(self) -> str | None:
         """The first role that has used up its skipped updates."""
@@ -99,5 +116,8 @@ class SkippedUpdates:
         """Exports what every role has learnt so far."""
         for role, engine in self._engines.items():
             save_huggingface(
-                engine.model, folder / role, extra_files=export_files(self._context.config)
+                engine.model,
+                folder / role,
+                extra_files=export_files(self._context.config),
+                role=role,
             )

@@ -136,28 +136,32 @@ def _highlights(done: dict[Stage, StageResult]) -> Iterator[Highlight]:
         values = done[Stage.SFT].metrics
         yield Highlight(
             label="SFT perplexity",
-            value=f"{values['perplexity_after']:.1f}",
-            note=f"from {values['perplexity_before']:.1f}, held-out",
+            value=_figure(values["perplexity_after"], ".1f"),
+            note=f"from {_figure(values['perplexity_before'], '.1f')}, held-out",
         )
     if Stage.REWARD in done:
         values = done[Stage.REWARD].metrics
         yield Highlight(
-            label="Reward accuracy", value=f"{values['accuracy']:.1%}", note="held-out pairs"
+            label="Reward accuracy",
+            value=_figure(values["accuracy"], ".1%"),
+            note="held-out pairs",
         )
     if Stage.PROMPTS in done:
         values = done[Stage.PROMPTS].metrics
         yield Highlight(
             label="Score gain",
-            value=f"{values['score_gain_in_std']:+.2f} SD",
+            value=f"{_figure(values['score_gain_in_std'], '+.2f')} SD",
             note="in standard deviations of the SFT replies' scores",
         )
-        yield Highlight(label="KL to reference", value=f"{values['kl']:.3f}", note="nats per token")
+        yield Highlight(
+            label="KL to reference", value=_figure(values["kl"], ".3f"), note="nats per token"
+        )
         if "truth_gain" in values:
             yield Highlight(
                 label="Ground truth gain",
-                value=f"{values['truth_gain']:+.3f}",
-                note=f"95 % interval {values['truth_gain_low']:.3f} "
-                f"to {values['truth_gain_high']:.3f}",
+                value=_figure(values["truth_gain"], "+.3f"),
+                note=f"95 % interval {_figure(values['truth_gain_low'], '.3f')} "
+                f"to {_figure(values['truth_gain_high'], '.3f')}",
             )
 
 
@@ -167,21 +171,26 @@ def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
         return None
     reached = {
         Stage.SFT: lambda m: (
-            f"perplexity {m['perplexity_before']:.1f} -> {m['perplexity_after']:.1f}"
+            f"perplexity {_figure(m['perplexity_before'], '.1f')} -> "
+            f"{_figure(m['perplexity_after'], '.1f')}"
         ),
         Stage.REWARD: lambda m: (
-            f"held-out pairs {m['accuracy']:.1%} right, margin {m['margin']:.2f}"
+            f"held-out pairs {_figure(m['accuracy'], '.1%')} right, "
+            f"margin {_figure(m['margin'], '.2f')}"
         ),
-        Stage.PROMPTS: lambda m: f"score {m['score_before']:.2f} -> {m['score_after']:.2f}",
+        Stage.PROMPTS: lambda m: (
+            f"score {_figure(m['score_before'], '.2f')} -> {_figure(m['score_after'], '.2f')}"
+        ),
     }
     measures = dict.fromkeys(r.memory.measure for r in done.values() if r.memory is not None)
     return Table(
         title="Stages",
-        header=("stage", "steps", "time", "peak memory a rank", "reached"),
+        header=("stage", "steps", "ended by", "time", "peak memory a rank", "reached"),
         rows=[
             (
                 STAGE_TITLES[stage],
                 _steps(result),
+                result.ended_by or "-",
                 format_duration(result.seconds),
                 _memory_text(result.memory),
                 reached[stage](result.metrics),
@@ -194,8 +203,13 @@ def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
 
 def _steps(result: StageResult) -> str:
     """The number of steps, and how many updates were skipped on the way, if any."""
-    steps, skipped = result.metrics["steps"], result.metrics.get("skipped_steps", 0)
-    return f"{steps:.0f} ({skipped:.0f} skipped)" if skipped else f"{steps:.0f}"
+    steps, skipped = _figure(result.metrics["steps"], ".0f"), result.metrics.get("skipped_steps")
+    return f"{steps} ({skipped:.0f} skipped)" if skipped else steps
+
+
+def _figure(value: float | None, form: str) -> str:
+    """A number in its format; a dash where it does not exist."""
+    return "-" if value is None else format(value, form)
 
 
 def _memory_text(memory: StageMemory | None) -> str:
@@ -211,7 +225,7 @@ def _policy_table(result: StageResult | None) -> Table | None:
     if result is None:
         return None
     values = result.metrics
-    rows = [
+    rows: list[tuple[str, float | None, float | None]] = [
         ("mean score of the reward model", values["score_before"], values["score_after"]),
         ("distinct-2 of the replies", values["distinct2_before"], values["distinct2_after"]),
         ("replies that end by themselves", values["finished_before"], values["finished_after"]),
@@ -230,7 +244,9 @@ def _policy_table(result: StageResult | None) -> Table | None:
     return Table(
         title="Held-out prompts, temperature 1",
         header=("", "before PPO", "after PPO"),
-        rows=[(name, f"{before:.3f}", f"{after:.3f}") for name, before, after in rows],
+        rows=[
+            (name, _figure(before, ".3f"), _figure(after, ".3f")) for name, before, after in rows
+        ],
     )
 
 

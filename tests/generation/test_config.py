@@ -1,3 +1,5 @@
+from math import inf
+
 import pytest
 
 from megachat.config import ConfigModel, build_config
@@ -23,6 +25,9 @@ from megachat.generation.config import GenerationConfig, SamplingConfig
             {"temperature": -0.1},
             "temperature: input should be greater than or equal to 0",
         ),
+        (SamplingConfig, {"temperature": inf}, "temperature: input should be a finite number"),
+        (SamplingConfig, {"repetition_penalty": inf}, "repetition_penalty: input should be a fini"),
+        (GenerationConfig, {"kv_cache_gb": inf}, "kv_cache_gb: input should be a finite number"),
         (SamplingConfig, {"top_p": 0.0}, "top_p: input should be greater than 0"),
         (SamplingConfig, {"top_p": 1.1}, "top_p: input should be less than or equal to 1"),
         (SamplingConfig, {"top_k": -1}, "top_k: input should be greater than or equal to 0"),

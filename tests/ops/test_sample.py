@@ -1,5 +1,6 @@
 """Choosing tokens: the fused kernel chooses what plain torch chooses, and says the same of it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from megachat.ops.sample import (
     scale,
 )
 from megachat.ops.truncation import lowest_kept
+from tests.kernels.emulated import emulated_cuda
 
 RULES = DrawRules(
     temperature=1.0,
@@ -100,6 +102,35 @@ def test_a_nan_among_the_logits_shows_in_the_row_s_total_and_in_no_other() -> No
     logits[3, 200] = torch.nan
     found, _ = _both(logits, RULES)
     assert found[3].isnan().nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("backend", list(Backend))
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_logit_that_is_no_number_is_in_the_log_prob_whatever_is_drawn(
+    value: float, temperature: float, backend: Backend
+) -> None:
+    """One column, a group of tokens, all tokens; the last group is incomplete."""
+    columns = 3 * GROUP_TOKENS + 47
+    bad = [
+        *(slice(column, column + 1) for column in (0, 1, 17, 200, columns - 1)),
+        *(slice(first, first + GROUP_TOKENS) for first in range(0, columns, GROUP_TOKENS)),
+        slice(0, columns),
+    ]
+    logits = torch.randn(len(bad) + 1, columns + 9, generator=torch.Generator())[:, :columns]
+    for row, part in enumerate(bad):
+        logits[row, part] = value
+    with emulated_cuda() if backend is Backend.CUDA else nullcontext():
+        parts = sample.on(backend)(
+            logits,
+            keys=torch.arange(len(logits)),
+            positions=torch.zeros(len(logits), dtype=torch.int64),
+            rules=replace(RULES, temperature=temperature),
+        )
+        tokens, logprobs = sample_combine.on(backend)(parts[None])
+    assert logprobs.isfinite().tolist() == [False] * len(bad) + [True]
+    local = tokens - RULES.first_group * GROUP_TOKENS
+    assert 0 <= int(local.min()) and int(local.max()) < columns
 
 
 def test_what_the_kernel_would_misread_is_refused() -> None:

@@ -10,7 +10,15 @@ from megachat.config import build_config, load_config
 from megachat.errors import ConfigError, LayoutError, MegachatError
 from megachat.model.config import Recompute
 from megachat.parallel.layout import ParallelLayout
-from megachat.stages.config import Precision, RlhfSection, RoleSection, RunConfig, SftSection
+from megachat.stages.config import (
+    Precision,
+    RewardSection,
+    RlhfSection,
+    RoleSection,
+    RunConfig,
+    SftSection,
+    StepLimit,
+)
 from tests.stages import tiny_run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_cpu" / "run.toml"
@@ -154,8 +162,20 @@ def test_a_shape_fills_in_the_usual_proportions() -> None:
     assert (config.pad_id, config.bos_id, config.eos_id, config.max_positions) == (1, 0, 2, 9)
 
 
-def test_a_stage_runs_its_epochs_or_the_given_number_of_steps() -> None:
-    assert SftSection(epochs=3).num_steps(10) == 30
-    assert SftSection(epochs=3, max_steps=7).num_steps(10) == 7
-    assert SftSection(max_steps=70).num_steps(10) == 10
-    assert RlhfSection(epochs=2, max_steps=15).num_steps(10) == 15
+@pytest.mark.parametrize(
+    ("keys", "steps", "limit"),
+    [
+        ({}, 10, StepLimit.EPOCHS),
+        ({"epochs": 3}, 30, StepLimit.EPOCHS),
+        ({"max_steps": 7}, 7, StepLimit.MAX_STEPS),
+        ({"max_steps": 70}, 70, StepLimit.MAX_STEPS),  # more steps mean more epochs
+        ({"epochs": 3, "max_steps": 7}, 7, StepLimit.MAX_STEPS),
+        ({"epochs": 3, "max_steps": 70}, 30, StepLimit.EPOCHS),
+        ({"epochs": 3, "max_steps": 30}, 30, StepLimit.MAX_STEPS),
+    ],
+)
+def test_a_stage_ends_with_its_steps_or_its_epochs_and_says_which(
+    keys: dict[str, int], steps: int, limit: StepLimit
+) -> None:
+    for section in (SftSection(**keys), RewardSection(**keys), RlhfSection(**keys)):
+        assert (section.num_steps(10), section.step_limit(10)) == (steps, limit)

@@ -1,4 +1,6 @@
-"""What the stage loops share: which held-out rows are evaluated, and the files of an export."""
+"""What the stage loops share: their length, which held-out rows are evaluated, exported files."""
+
+import logging
 
 import pytest
 import torch
@@ -9,9 +11,15 @@ from megachat.data.stage_data import TokenSet, build_stage_data
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import DataError
 from megachat.stages import loop
-from megachat.stages.config import RunConfig
+from megachat.stages.config import RlhfSection, RunConfig, SftSection
 from megachat.stages.context import tokenizer_folder
-from megachat.stages.loop import export_files, held_out_batches
+from megachat.stages.loop import (
+    export_files,
+    held_out_batches,
+    plan_steps,
+    warn_of_long_warmup,
+)
+from megachat.training.schedules import OptimizerConfig
 
 
 def _rows(config: RunConfig, stage: Stage) -> TokenSet:
@@ -53,3 +61,35 @@ def test_an_export_takes_the_tokenizer_along(finished: RunConfig) -> None:
     files = export_files(finished)
     assert {"tokenizer.json", "tokenizer_config.json", "sentencepiece.model"} <= set(files)
     assert all(path.is_file() and path.name == name for name, path in files.items())
+
+
+def test_the_key_that_ends_a_stage_is_named_loudly_where_it_cuts_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="megachat.stages.loop")
+    assert plan_steps(Stage.SFT, SftSection(max_steps=100), steps_per_epoch=4) == 100
+    assert plan_steps(Stage.PROMPTS, RlhfSection(), steps_per_epoch=4) == 4
+    section = SftSection(max_steps=100, epochs=2)
+    assert plan_steps(Stage.SFT, section, steps_per_epoch=4) == 8
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "sft: 100 steps of 4 an epoch, ended by sft.max_steps"),
+        ("INFO", "prompts: 4 steps of 4 an epoch, ended by rlhf.epochs"),
+        (
+            "WARNING",
+            "sft: 8 steps of 4 an epoch: sft.epochs 2 ends the stage before the 100 steps of "
+            "max_steps: raise it or leave it out",
+        ),
+    ]
+
+
+def test_a_warm_up_beyond_the_end_of_a_stage_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    optimizers = {
+        "actor_optimizer": OptimizerConfig(warmup_steps=40),
+        "critic_optimizer": OptimizerConfig(warmup_steps=10),
+    }
+    warn_of_long_warmup(Stage.PROMPTS, optimizers, num_updates=10)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "rlhf.actor_optimizer.warmup_steps 40 is more than the 10 updates of the stage: the "
+        "learning rate ends at 25 % of its peak"
+    )

@@ -46,11 +46,18 @@ def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [RESULT_FILE]
 
 
-def test_figures_that_are_not_numbers_come_back(tmp_path: Path) -> None:
-    result = StageResult(fingerprint="a", seconds=0.0, metrics={"x": math.nan, "y": math.inf})
+def test_a_figure_that_does_not_exist_is_null_and_comes_back(tmp_path: Path) -> None:
+    result = StageResult(fingerprint="a", seconds=0.0, metrics={"x": None, "y": 1.0})
     write_result(tmp_path, result)
-    found = read_result(tmp_path, expected_fingerprint="a")
-    assert found is not None and math.isnan(found.metrics["x"]) and found.metrics["y"] == math.inf
+    assert json.loads((tmp_path / RESULT_FILE).read_text())["metrics"] == {"x": None, "y": 1.0}
+    assert read_result(tmp_path, expected_fingerprint="a") == result
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_never_written(value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_result(tmp_path, StageResult(fingerprint="a", seconds=0.0, metrics={"x": value}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_the_steps_are_recorded_and_the_loss_falls(finished: RunConfig) -> None:
     assert len(losses) == finished.sft.max_steps == 6
     assert losses[-1] < losses[0] - 0.3
     rates = [value for _, value in history.series("sft/learning_rate")]
-    assert rates[0] == finished.sft.optimizer.learning_rate and rates[-1] == 0
+    assert rates[0] == finished.sft.optimizer.learning_rate and min(rates) == rates[-1] > 0
     figures = tiny_run.read_result_metrics(finished, Stage.SFT)
     assert history.series("sft/perplexity") == [(6, figures["perplexity_after"])]
 

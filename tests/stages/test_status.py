@@ -1,6 +1,7 @@
 """What a run says of itself before anything is started; finished runs are in `test_run.py`."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,12 @@ def test_a_new_run_has_every_stage_before_it(config: RunConfig) -> None:
     assert "ranks: 2" in text and "layout of actor: tp2.pp1.dp1" in text
     for stage in Stage:
         assert f"stage {stage}: to run ({stage_folder(config, stage)})" in text
-    tree, end = json.JSONDecoder().raw_decode(text)
+    assert config.rlhf.ppo.dual_clip == math.inf  # a word that JSON does not have
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    tree, end = json.JSONDecoder(parse_constant=refuse).raw_decode(text)
     assert RunConfig.model_validate(tree, strict=False) == config
     assert text[end:].startswith("\nranks: ")
 

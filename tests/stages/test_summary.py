@@ -39,7 +39,7 @@ MEMORY = {
 """Ranks that differ, ranks that do not at this precision, and a stage that an older version ran."""
 
 
-def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
+def _result(config: RunConfig, stage: Stage, **metrics: float | None) -> StageResult:
     return StageResult(
         fingerprint=stage_fingerprint(config, stage),
         seconds=83.0,
@@ -48,6 +48,7 @@ def _result(config: RunConfig, stage: Stage, **metrics: float) -> StageResult:
         replies=[Reply(prompt="how are you", before="bad [b]x[/b]", after="very <well>")],
         reshard=RESHARD if stage is Stage.PROMPTS else None,
         memory=MEMORY[stage],
+        ended_by={Stage.SFT: "max_steps", Stage.REWARD: "epochs", Stage.PROMPTS: None}[stage],
     )
 
 
@@ -115,6 +116,18 @@ def test_all_stages_are_summed_up_with_their_figures(tmp_path: Path) -> None:
         assert str(config.run.output / folder / "model") in text
 
 
+def test_the_key_that_ended_a_stage_stands_beside_its_steps(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    for stage, metrics in zip(Stage, (SFT, REWARD, RLHF), strict=True):
+        write_result(stage_folder(config, stage), _result(config, stage, **metrics))
+    text, html = _report(config)
+    stages = [line.split() for line in text.splitlines() if "1m23s" in line]
+    cells = [words[words.index("12") + 1] for words in stages]
+    assert cells == ["max_steps", "epochs", "-"]
+    assert "ended by" in text and "ended by" in html and "max_steps" in html
+
+
 def test_skipped_updates_stand_beside_the_steps_of_their_stage(tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path)
     prepare_output(config)
@@ -124,6 +137,22 @@ def test_skipped_updates_stand_beside_the_steps_of_their_stage(tmp_path: Path) -
     text, html = _report(config)
     assert text.count("12 (3 skipped)") == text.count(" skipped)") == 1
     assert "12 (3 skipped)" in html
+
+
+def test_a_figure_that_does_not_exist_is_a_dash(tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path)
+    prepare_output(config)
+    missing: tuple[dict[str, float | None], ...] = (
+        {**SFT, "perplexity_before": None},
+        {**REWARD},
+        {**RLHF, "distinct2_before": None, "distinct2_after": None},
+    )
+    for stage, metrics in zip(Stage, missing, strict=True):
+        write_result(stage_folder(config, stage), _result(config, stage, **metrics))
+    text, html = _report(config)
+    assert "perplexity - -> 41.3" in text and "from -, held-out" in html
+    rows = [line.split() for line in text.splitlines()]
+    assert "distinct-2 of the replies - -".split() in rows
 
 
 def test_a_run_that_has_done_one_stage_is_summed_up_too(tmp_path: Path) -> None:

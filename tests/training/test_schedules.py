@@ -1,7 +1,7 @@
-import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,26 +21,57 @@ def test_constant_stays_at_the_peak() -> None:
     assert _rates(config, 5) == [3e-4] * 5
 
 
-def test_linear_runs_from_the_peak_to_its_final_share_in_equal_steps() -> None:
-    config = OptimizerConfig(learning_rate=1.0, schedule=ScheduleKind.LINEAR, final_share=0.2)
-    assert _rates(config, 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+def _of_torch(kind: ScheduleKind, *, share: float, steps: int) -> list[float]:
+    """The rates of torch's own schedule from a peak of 1 to `share` after so many steps."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if kind is ScheduleKind.LINEAR:
+        schedule = torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=1.0, end_factor=share, total_iters=steps
+        )
+    else:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=share)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
 
 
-def test_cosine_is_half_a_wave_from_the_peak_to_its_final_share() -> None:
-    config = OptimizerConfig(learning_rate=2.0, schedule=ScheduleKind.COSINE, final_share=0.1)
-    share = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(7)]
-    assert _rates(config, 7) == pytest.approx([2.0 * each for each in share])
+@pytest.mark.parametrize("kind", [ScheduleKind.LINEAR, ScheduleKind.COSINE])
+@pytest.mark.parametrize(("share", "steps", "warmup"), [(0.0, 6, 0), (0.2, 5, 0), (0.1, 9, 4)])
+def test_the_decay_is_that_of_torch_and_arrives_after_the_last_step(
+    kind: ScheduleKind, share: float, steps: int, warmup: int
+) -> None:
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=kind, final_share=share, warmup_steps=warmup
+    )
+    rates = [*_rates(config, steps), learning_rate(config, step=steps, total_steps=steps)]
+    expected = _of_torch(kind, share=share, steps=steps - warmup)
+    assert rates[warmup:] == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert rates[-1] == pytest.approx(share)
 
 
 def test_warm_up_rises_linearly_and_never_starts_at_zero() -> None:
     config = OptimizerConfig(learning_rate=1.0, schedule=ScheduleKind.LINEAR, warmup_steps=4)
-    assert _rates(config, 7) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.5, 0.0])
+    assert _rates(config, 7) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 2 / 3, 1 / 3])
+
+
+def test_a_warm_up_that_is_longer_than_the_run_rises_to_the_end() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule=ScheduleKind.COSINE, warmup_steps=8)
+    assert _rates(config, 2) == [0.125, 0.25]
+
+
+def test_a_run_of_one_step_takes_it_at_the_peak() -> None:
+    for kind in ScheduleKind:
+        assert _rates(OptimizerConfig(learning_rate=0.5, schedule=kind), 1) == [0.5]
 
 
 def test_steps_after_the_end_stay_at_the_final_rate() -> None:
     for kind in (ScheduleKind.LINEAR, ScheduleKind.COSINE):
         config = OptimizerConfig(learning_rate=1.0, schedule=kind, final_share=0.3)
-        late = [learning_rate(config, step=step, total_steps=10) for step in (9, 10, 1000)]
+        late = [learning_rate(config, step=step, total_steps=10) for step in (10, 11, 1000)]
         assert late == pytest.approx([0.3] * 3)
 
 
@@ -51,7 +82,7 @@ def test_steps_after_the_end_stay_at_the_final_rate() -> None:
     share=st.floats(0, 1),
 )
 @settings(deadline=None)
-def test_rate_rises_to_the_peak_then_never_rises_again(
+def test_rate_rises_to_the_peak_then_never_rises_again_and_is_never_zero(
     kind: ScheduleKind, warmup: int, total: int, share: float
 ) -> None:
     share = 0.0 if kind is ScheduleKind.CONSTANT else share
@@ -62,8 +93,8 @@ def test_rate_rises_to_the_peak_then_never_rises_again(
     rising, falling = rates[:warmup], rates[warmup:]
     assert rising == sorted(rising)
     assert falling == sorted(falling, reverse=True)
-    assert all(0.5 * share <= rate <= 0.5 for rate in falling)
-    assert all(0.0 < rate <= 0.5 for rate in rising)
+    assert all(0.5 * share <= rate for rate in falling)
+    assert all(0.0 < rate <= 0.5 for rate in rates)
     if falling:
         assert falling[0] == 0.5
 
@@ -72,6 +103,8 @@ def test_rate_rises_to_the_peak_then_never_rises_again(
     ("setting", "complaint"),
     [
         ("learning_rate=0", "learning_rate"),
+        ("learning_rate=inf", "learning_rate"),
+        ("weight_decay=inf", "weight_decay"),
         ("schedule=exponential", "schedule"),
         ("beta1=1.0", "beta1"),
         ("epsilon=0.0", "epsilon"),

@@ -127,7 +127,7 @@ def _measure_all(
     timings, answers, best = _take_turns(engines, settings, worker)
     if worker.rank == 0:
         summary = _summary(timings, answers, best, settings) | machine_state(worker.device)
-        output.write_text(json.dumps(summary), encoding="utf-8")
+        output.write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
 
 
 def _model(layout: ParallelLayout, settings: Settings) -> OptModel:

@@ -427,7 +427,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         "settings": settings.model_dump(mode="json"),
         **machine_state(worker.device),
     }
-    Path(output).write_text(json.dumps(summary), encoding="utf-8")
+    Path(output).write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
 
 
 def show(summary: dict[str, Any]) -> str:

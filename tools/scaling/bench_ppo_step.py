@@ -243,7 +243,7 @@ def run_rank(_worker: Worker, settings: Settings, output: str) -> None:
         "settings": settings.model_dump(mode="json"),
         **machine_state(),
     }
-    Path(output).write_text(json.dumps(summary), encoding="utf-8")
+    Path(output).write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
 
 
 def _phases(
@@ -270,7 +270,9 @@ def _save_models(trainer: PPOTrainer, prompts: PromptBatch, folder: Path) -> Non
     """Weights and prompts, where the peer reads them."""
     save_huggingface(trainer.engine.actor.training.model, folder / "policy")
     save_huggingface(trainer.engine.reward.model, folder / "reward")
-    (folder / "prompts.json").write_text(json.dumps(prompts.tokens.tolist()), encoding="utf-8")
+    (folder / "prompts.json").write_text(
+        json.dumps(prompts.tokens.tolist(), allow_nan=False), encoding="utf-8"
+    )
 
 
 def show(summary: Mapping[str, Any]) -> str:

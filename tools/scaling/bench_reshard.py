@@ -329,7 +329,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
             "hop_order": str(job.arena.plan.order),
             "results": [asdict(result) for result in results],
         }
-        Path(output).write_text(json.dumps(summary), encoding="utf-8")
+        Path(output).write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
 
 
 def build_job(worker: Worker, settings: Settings) -> Job:

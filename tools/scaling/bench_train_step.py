@@ -163,7 +163,7 @@ def run_rank(worker: Worker, settings: Settings, output: str) -> None:
         "threads": settings.threads_each,
         **machine_state(),
     }
-    Path(output).write_text(json.dumps(summary), encoding="utf-8")
+    Path(output).write_text(json.dumps(summary, allow_nan=False), encoding="utf-8")
 
 
 def show(summary: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ def peer_process(
     """
     # It is alone: what our launcher tells its ranks would make it wait for others.
     command = ["env", *(f"--unset={name}" for name in RANK_VARIABLES)]
-    command += [python, str(script), json.dumps(request)]
+    command += [python, str(script), json.dumps(request, allow_nan=False)]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -185,7 +185,7 @@ def report(
     except MegachatError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(json.dumps(summary) if as_json else show(summary))
+    typer.echo(json.dumps(summary, allow_nan=False) if as_json else show(summary))
 
 
 def command_of(settings: type[ConfigModel], main: Callable[..., None]) -> Callable[..., None]:

@@ -215,7 +215,9 @@ def openvino_process(
 ) -> contextlib.AbstractContextManager[Callable[[], Any]]:
     """The process with OpenVINO."""
     assert settings.peer_python is not None
-    (folder / "prompts.json").write_text(json.dumps(prompts.tokens.tolist()), encoding="utf-8")
+    (folder / "prompts.json").write_text(
+        json.dumps(prompts.tokens.tolist(), allow_nan=False), encoding="utf-8"
+    )
     request = settings.model_dump(mode="json")
     request |= {"folder": str(folder), "stop_ids": settings.stop_ids}
     log = folder / "openvino.log"

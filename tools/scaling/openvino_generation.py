@@ -107,7 +107,7 @@ def main() -> None:
     """Measures until nobody asks any more."""
     engine = Engine(json.loads(sys.argv[1]))
     while sys.stdin.readline():
-        sys.stdout.write(f"reply {json.dumps(engine.measure())}\n")
+        sys.stdout.write(f"reply {json.dumps(engine.measure(), allow_nan=False)}\n")
         sys.stdout.flush()
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megachat.cli import preflight
 from megachat.cli.main import EXIT_CODE, app
-from megachat.cli.preflight import check_memory
 from megachat.cli.presets import DeploymentType, paper_tree, tiny_example
 from megachat.config import apply_override, build_config, load_config
 from megachat.data.config import Stage
 from megachat.errors import CapacityError, ConfigError, LayoutError
 from megachat.hub import folder_on_disk
 from megachat.model.config import OPT_MODELS, Head
+from megachat.preflight import memory as memory_module
+from megachat.preflight.memory import check_memory
 from megachat.stages.config import RunConfig
 
 ALL = list(Stage)
@@ -38,7 +38,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def with_memory(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """From now on this machine has so many bytes."""
-    patch.setattr(preflight, "available_bytes", lambda _: num_bytes)
+    patch.setattr(memory_module, "available_bytes", lambda _: num_bytes)
 
 
 def needed(patch: pytest.MonkeyPatch, config: RunConfig, stages: list[Stage]) -> float:
@@ -231,10 +231,10 @@ def test_the_recipe_passes_the_check_on_the_gpus_that_it_was_chosen_for(
     for override in (f"run.output={tmp_path}", "launch.rendezvous=first:1"):
         apply_override(tree, override)
     config = build_config(RunConfig, tree, source="test")
-    memory.setattr(preflight, "select_device", lambda _: torch.device("cuda", 0))
+    memory.setattr(memory_module, "select_device", lambda _: torch.device("cuda", 0))
     memory.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     memory.setattr(
-        preflight,
+        memory_module,
         "available_bytes",
         lambda device: (gigabytes if device.type == "cuda" else 1000) * GB,
     )

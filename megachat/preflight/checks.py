@@ -4,7 +4,7 @@ All problems are collected, so that a user mends them at once. A check looks at 
 and this machine, and writes, starts and downloads nothing.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from megachat.preflight.host import Host, check_processes, this_host
 from megachat.preflight.memory import check_memory
 from megachat.preflight.models import Architectures, known_architectures, told
 from megachat.stages.config import RunConfig
+from megachat.stages.results import StageResult
 from megachat.stages.status import completed_stages, has_tokenizer, require_inputs
 
 
@@ -63,16 +64,18 @@ def preflight(config: RunConfig, stages: Sequence[Stage], host: Host | None = No
         host: What this machine allows; None asks the kernel.
     """
     report, host = Report(), host if host is not None else this_host()
-    to_run = _stages_to_run(config, stages, report)
-    before = len(report.problems)
+    to_run, state = _stages_to_run(config, stages)
     device = _check_launch(config, host, report)
     report.add(config.problems())
     known = _check_models(config, to_run, report)
-    if known is not None and len(report.problems) == before:  # or the planner says it all again
+    if known is not None and not report.problems:  # or the planner says it all again
         with told() as problems:
             note = check_memory(config, [stage for stage in stages if stage in to_run])
             report.notes += [note] if note is not None else []
         report.add(problems)
+    report.add(state)
+    report.add(models.check_available(config, to_run))
+    report.add(models.check_weights(config, to_run))
     report.add(folders.check_folders(config, to_run))
     report.add(folders.check_disk(config, to_run, known, host))
     report.add(backends.check_packages(config, to_run))
@@ -82,17 +85,17 @@ def preflight(config: RunConfig, stages: Sequence[Stage], host: Host | None = No
     return report
 
 
-def _stages_to_run(config: RunConfig, stages: Sequence[Stage], report: Report) -> frozenset[Stage]:
-    """What is asked for and not complete; whether the run folder holds what it starts from."""
-    done: Collection[Stage] = ()
+def _stages_to_run(
+    config: RunConfig, stages: Sequence[Stage]
+) -> tuple[frozenset[Stage], Sequence[MegachatError]]:
+    """What is asked for and not complete; what the run folder lacks of what it starts from."""
+    done: Mapping[Stage, StageResult] = {}
     with told() as problems:
         done = completed_stages(config)
         require_inputs(config, done, first=stages[0])
-    report.add(problems)
-    with told() as problems:
+    with told() as others:
         has_tokenizer(config)
-    report.add(problems)
-    return frozenset(stages).difference(done)
+    return frozenset(stages).difference(done), problems + others
 
 
 def _check_launch(config: RunConfig, host: Host, report: Report) -> torch.device | None:
@@ -110,7 +113,6 @@ def _check_models(
 ) -> Architectures | None:
     """Whether the models fit the run; what they are, where that is known."""
     known: Architectures | None = None
-    report.add(models.check_available(config, stages))
     with told() as problems:
         found = known_architectures(config)
         if isinstance(found, str):
@@ -125,5 +127,4 @@ def _check_models(
         report.add(models.check_layouts(config, stages, known))
         report.add(models.check_positions(config, stages, known))
     report.add(models.check_vocabulary(config, stages, known))
-    report.add(models.check_weights(config, stages))
     return known

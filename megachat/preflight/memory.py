@@ -66,12 +66,10 @@ def check_memory(config: RunConfig, stages: Sequence[Stage]) -> str | None:
         )
     device = select_device(config.launch.device)
     run = plan_run(config, architectures, _cluster(config, device), phases)
-    if is_off:
-        reason = _too_small_cache(config, run.memory)
-        if reason is not None:
-            raise CapacityError(f"this run cannot generate: {reason}")
-        return None
-    if run.reason is None:
+    cache = _too_small_cache(config, run.memory) if Phase.GENERATION in phases else None
+    if cache is not None and config.launch.memory_check is not MemoryCheck.REFUSE:
+        raise CapacityError(f"this run cannot generate: {cache}")
+    if is_off or run.reason is None:
         return None
     text = f"this run cannot fit: {run.reason}"
     if config.launch.memory_check is MemoryCheck.WARN:

@@ -1,5 +1,6 @@
-"""Makes sure that there are enough rows for every stage, before the first of them starts."""
+"""Makes sure that every stage has rows enough before the first one starts; says what is left out."""
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,10 @@ from megachat.errors import DataError
 from megachat.stages.config import RunConfig
 
 if TYPE_CHECKING:
+    from megachat.data.stage_data import DataReport
     from megachat.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def check_rows(config: RunConfig, stage: Stage, *, train: int, held_out: int) -> None:
@@ -56,6 +60,38 @@ def prepare_rows(config: RunConfig, tokenizer: "Tokenizer", stages: Iterable[Sta
         data = build_stage_data(config.data, stage=stage, tokenizer=tokenizer)
         train = sum(part.rows_per_epoch for part in data.train.parts)
         check_rows(config, stage, train=train, held_out=len(data.validation))
+        for line in left_out_of_evaluation(config, data.report):
+            logger.info(line)
+
+
+def left_out_of_evaluation(config: RunConfig, report: "DataReport") -> list[str]:
+    """A line for each limit that leaves held-out rows of a stage out of its evaluation."""
+    stage, lines = report.stage, []
+    for source in report.sources:
+        if source.beyond_limit:
+            total = source.validation_rows + source.beyond_limit
+            lines.append(
+                f"data for {stage}: {source.name}: {source.validation_rows} of {total} rows are "
+                "held out, the most that data.max_validation_rows "
+                f"{config.data.max_validation_rows} allows"
+            )
+    held_out = sum(source.validation_rows for source in report.sources)
+    section, limit = _evaluation(config, stage)
+    if limit < held_out:
+        lines.append(
+            f"data for {stage}: the first {limit} of {held_out} held-out rows are evaluated "
+            f"({section}.evaluation_rows): {held_out - limit} are left out"
+        )
+    return lines
+
+
+def _evaluation(config: RunConfig, stage: Stage) -> tuple[str, int]:
+    """The name of a stage's section and its limit."""
+    return {
+        Stage.SFT: ("sft", config.sft.evaluation_rows),
+        Stage.REWARD: ("reward", config.reward.evaluation_rows),
+        Stage.PROMPTS: ("rlhf", config.rlhf.evaluation_rows),
+    }[stage]
 
 
 def _batch(config: RunConfig, stage: Stage) -> tuple[str, int]:

@@ -86,10 +86,11 @@ def test_the_switch_decides_between_refusal_warning_and_nothing(tmp_path: Path) 
     large = "facebook/opt-175b"
     with pytest.raises(CapacityError, match="this run cannot fit"):
         check_memory(run_config(tmp_path, actor=large), ALL)
-    warned = run_config(tmp_path, "launch.memory_check=warn", actor=large)
+    cache = "rlhf.generation.kv_cache_gb=5"  # for one sequence
+    warned = run_config(tmp_path, "launch.memory_check=warn", cache, actor=large)
     warning = check_memory(warned, ALL)
     assert warning is not None and warning.startswith("warning: this run cannot fit: phase ")
-    unchecked = run_config(tmp_path, "launch.memory_check=off", actor=large)
+    unchecked = run_config(tmp_path, "launch.memory_check=off", cache, actor=large)
     assert check_memory(unchecked, ALL) is None
 
 
@@ -162,6 +163,17 @@ def test_a_cache_below_one_sequence_is_refused_before_the_first_stage(tmp_path: 
     """A sequence of 256 + 256 tokens of OPT-125M takes 18.9 MB in bf16, twice that in fp32."""
     config = run_config(tmp_path, "rlhf.generation.kv_cache_gb=0.03")
     assert check_memory(config, [Stage.SFT]) is None
+    with pytest.raises(CapacityError, match=r"kv_cache_gb 0.03 holds 25 blocks .* needs 32"):
+        check_memory(config, ALL)
+
+
+@pytest.mark.parametrize("switch", ["warn", "off"])
+def test_a_cache_of_no_use_is_refused_whatever_is_said_of_memory(
+    tmp_path: Path, switch: str
+) -> None:
+    config = run_config(
+        tmp_path, "rlhf.generation.kv_cache_gb=0.03", f"launch.memory_check={switch}"
+    )
     with pytest.raises(CapacityError, match=r"kv_cache_gb 0.03 holds 25 blocks .* needs 32"):
         check_memory(config, ALL)
 

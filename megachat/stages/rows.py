@@ -1,4 +1,4 @@
-"""Makes sure that every stage has rows enough before the first one starts; says what is left out."""
+"""Makes sure that every stage has enough rows before the first starts; says what is left out."""
 
 import logging
 from collections.abc import Iterable

@@ -130,6 +130,11 @@ def local_folder(name_or_folder: str, content: Content = Content.MODEL) -> Path:
     raise CheckpointError(f"{content} {name_or_folder}: {_why_not_here(name_or_folder, content)}")
 
 
+def can_be_fetched(name: str) -> bool:
+    """Whether something that is not on this disk could come from the hub, asked from here."""
+    return _can_be_hub_name(name) and hub_is_reachable()
+
+
 def fetch(name_or_folder: str, content: Content = Content.MODEL) -> Path:
     """The folder of a model, downloaded into the hub's cache where it is not on this disk.
 

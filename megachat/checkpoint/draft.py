@@ -70,7 +70,7 @@ class Draft:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _make(self, needed: int, extra_files: Mapping[str, Path]) -> None:
-        self._check_target()
+        check_target(self.target)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir()
         free = shutil.disk_usage(self.path).free
@@ -83,20 +83,26 @@ class Draft:
                 raise CheckpointError(f"{source}: cannot be copied as {name}: no such file")
             shutil.copyfile(source, self.path / name)
 
-    def _check_target(self) -> None:
-        if self.target.exists() and not self.target.is_dir():
-            raise CheckpointError(f"{self.target}: exists and is not a folder")
-        if self.target.is_dir() and not (self.target / MARKER_FILE).is_file():
-            others = [path.name for path in self.target.iterdir()]
-            if others:
-                raise CheckpointError(
-                    f"{self.target}: holds {others[0]} and is no earlier export: "
-                    "choose another folder or empty it"
-                )
-
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
         (self.path / name).write_text(text, encoding="utf-8")
+
+
+def check_target(target: Path) -> None:
+    """Refuses a place where no export can be put: anything but an earlier export is kept.
+
+    Raises:
+        CheckpointError: There is a file, or a folder that holds something else.
+    """
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: exists and is not a folder")
+    if target.is_dir() and not (target / MARKER_FILE).is_file():
+        others = sorted(path.name for path in target.iterdir())
+        if others:
+            raise CheckpointError(
+                f"{target}: holds {others[0]} and is no earlier export: "
+                "choose another folder or empty it"
+            )
 
 
 @contextlib.contextmanager

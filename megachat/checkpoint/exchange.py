@@ -5,17 +5,21 @@ the data group brings a piece to the other copies of the model, the pipeline gro
 stage that writes it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from megachat.checkpoint.load_plan import piece_of
-from megachat.model.opt import OptModel
 from megachat.model.specs import TensorSpec, stage_of
 from megachat.parallel.collectives import broadcast, gather, scatter
 
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are looked at without it
+    from megachat.model.opt import OptModel
+
 
 @torch.no_grad()
-def deliver(model: OptModel, spec: TensorSpec, whole: Tensor | None, *, source: int) -> None:
+def deliver(model: "OptModel", spec: TensorSpec, whole: Tensor | None, *, source: int) -> None:
     """Fills the shards of one parameter; a call of all ranks of its first stage.
 
     Nothing but the shards themselves takes memory on the receiving ranks. The source holds one more
@@ -50,7 +54,7 @@ def _padded_piece(spec: TensorSpec, whole: Tensor, *, like: Tensor, rank: int, o
     return padded
 
 
-def share_tied(model: OptModel) -> None:
+def share_tied(model: "OptModel") -> None:
     """Brings the word embedding from the first stage to the last one's copy of it."""
     groups = model.groups
     if groups.layout.pipeline == 1 or not (groups.is_first_stage or groups.is_last_stage):
@@ -62,7 +66,9 @@ def share_tied(model: OptModel) -> None:
 
 
 @torch.no_grad()
-def collect(model: OptModel, spec: TensorSpec, *, stage: int, dtype: torch.dtype) -> Tensor | None:
+def collect(
+    model: "OptModel", spec: TensorSpec, *, stage: int, dtype: torch.dtype
+) -> Tensor | None:
     """A whole parameter on the CPU of one rank: the first tensor rank of a stage.
 
     A call of all tensor ranks of the stage that holds the parameter; where that is another one than
@@ -91,7 +97,7 @@ def collect(model: OptModel, spec: TensorSpec, *, stage: int, dtype: torch.dtype
     return whole.cpu() if whole is not None and here.pipeline == stage else None
 
 
-def _join(shard: Tensor, spec: TensorSpec, whole: Tensor | None, model: OptModel) -> None:
+def _join(shard: Tensor, spec: TensorSpec, whole: Tensor | None, model: "OptModel") -> None:
     """Puts the shards of a tensor group together on its first rank."""
     group = model.groups.tensor
     if spec.shard_dim is None or group.size() == 1:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megachat.checkpoint.draft import is_complete
 from megachat.checkpoint.load import execute_load
@@ -17,13 +18,16 @@ from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, hugging
 from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, list_weights, read_json
 from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
-from megachat.model.config import OPT_MODELS, OptConfig
-from megachat.model.opt import OptModel
-from megachat.model.specs import TensorSpec
+from megachat.model.config import OPT_MODELS, Head, OptConfig
+from megachat.model.specs import TensorSpec, parameter_specs
 from megachat.parallel.handover import on_first_rank
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are looked at without it
+    from megachat.model.opt import OptModel
 
 __all__ = [
     "MissingHead",
+    "check_folder",
     "is_complete",
     "load_huggingface",
     "load_together",
@@ -59,7 +63,7 @@ def read_config(source: Path | str) -> OptConfig:
 
 
 def load_huggingface(
-    model: OptModel,
+    model: "OptModel",
     folder: Path,
     *,
     missing_head: MissingHead = MissingHead.REFUSE,
@@ -86,7 +90,7 @@ def load_huggingface(
 
 
 def load_together(
-    models: Sequence[OptModel],
+    models: "Sequence[OptModel]",
     folder: Path,
     *,
     missing_head: MissingHead = MissingHead.REFUSE,
@@ -125,6 +129,18 @@ def load_together(
     if found.absent:
         for model in models:
             model.initialise(seed, names=sorted(found.absent))
+
+
+def check_folder(folder: Path, *, head: Head, missing_head: MissingHead) -> None:
+    """Refuses a folder that `load_huggingface` would refuse, from its headers alone.
+
+    Raises:
+        CheckpointError: As there.
+        ConfigError: As there.
+    """
+    config = read_config(folder)
+    specs = parameter_specs(config, tensor=1, head=head)
+    _check_folder(config, specs, folder, missing_head=missing_head)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ is. Each round ends alike for all ranks of a stage: they go by what its readers 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from megachat.checkpoint.load_plan import Batch, LoadPlan, ParameterRead, Round
 from megachat.checkpoint.names import place_part
 from megachat.checkpoint.reader import one_line, read_tensor
 from megachat.errors import CheckpointError, MegachatError
-from megachat.model.opt import OptModel
 from megachat.parallel.handover import Board
 from megachat.telemetry.transfer import TransferProgress
 
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are looked at without it
+    from megachat.model.opt import OptModel
 
-def execute_load(models: Sequence[OptModel], plan: LoadPlan, folder: Path) -> None:
+
+def execute_load(models: "Sequence[OptModel]", plan: LoadPlan, folder: Path) -> None:
     """Fills models of one layout from one pass over a folder's files; a collective call.
 
     Args:
@@ -46,7 +49,7 @@ class _Loader:
 
     def __init__(
         self,
-        models: Sequence[OptModel],
+        models: "Sequence[OptModel]",
         plan: LoadPlan,
         folder: Path,
         board: Board,

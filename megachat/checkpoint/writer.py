@@ -8,7 +8,7 @@ collective. All ranks learn of a failure.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from megachat.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from megachat.checkpoint.save_plan import FileTask, WeightFile, plan_files, plan_save
 from megachat.errors import DivergenceError, MegachatError
 from megachat.model.config import Head
-from megachat.model.opt import OptModel
 from megachat.model.specs import TensorSpec
 from megachat.ops.finite import all_finite
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.handover import Board, on_first_rank
 from megachat.telemetry.transfer import TransferProgress
+
+if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are looked at without it
+    from megachat.model.opt import OptModel
 
 __all__ = ["MARKER_FILE", "is_complete", "save_huggingface"]
 
@@ -37,7 +39,7 @@ GENERATION_FILE = "generation_config.json"
 
 
 def save_huggingface(
-    model: OptModel,
+    model: "OptModel",
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -103,7 +105,7 @@ class _Saver:
 
     def __init__(
         self,
-        model: OptModel,
+        model: "OptModel",
         draft: Draft,
         dtype: torch.dtype,
         board: Board,
@@ -222,7 +224,7 @@ def _name(task: FileTask, batch: int) -> str:
     return f"{task.file.name} batch {batch}"
 
 
-def _generation_config(model: OptModel) -> dict[str, dict[str, Any]]:
+def _generation_config(model: "OptModel") -> dict[str, dict[str, Any]]:
     """What `generate` of transformers stops at; only language models have it."""
     if model.head is not Head.LANGUAGE_MODEL:
         return {}

@@ -6,7 +6,7 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +21,7 @@ from megachat.errors import MegachatError
 
 if TYPE_CHECKING:
     from megachat.data.config import Stage
+    from megachat.preflight.checks import Report
     from megachat.stages.config import RunConfig
 
 app = typer.Typer(
@@ -134,8 +135,7 @@ def train(options: TrainOptions) -> None:
         for override in overrides:
             apply_override(tree, override)
         config = build_config(RunConfig, tree, source=source)
-        if options.dry_run and options.actor_model is not None:
-            config.check()
+        if options.dry_run and options.actor_model is not None and not any(config.problems()):
             for line in _recipe_lines(options, config):
                 typer.echo(line)
         _run(config, list(Stage), dry_run=options.dry_run)
@@ -207,18 +207,18 @@ def _run_stage(
 
 
 def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
-    """Checks the configuration, then shows it or starts the ranks."""
-    config.check()
+    """Looks whether the run can start; then says so, or starts the ranks."""
     if not dry_run:
         from megachat.parallel.launch import prepare_ranks
 
-        prepare_ranks(config.launch, "megachat.stages.run")
-    if dry_run:
-        from megachat.stages.status import describe_run
+        with suppress(MegachatError):  # the preflight says what is wrong, and what else is
+            prepare_ranks(config.launch, "megachat.stages.run")
+    from megachat.preflight.checks import preflight
 
-        typer.echo(describe_run(config))
+    report = preflight(config, stages)
+    if dry_run:
+        _show(config, report)
         return
-    from megachat.cli.preflight import check_memory
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
     from megachat.stages.inputs import fetch_missing, inputs_of
@@ -226,18 +226,31 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
+    report.refuse()
     done = completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
-    warning = check_memory(config, stages)
     set_up_logging()
     if fetch_missing(inputs):  # before the ranks join: nobody waits for a download in a collective
-        warning = check_memory(config, stages)
-    if warning is not None:
-        typer.echo(warning, err=True)
+        report = preflight(config, stages)
+        report.refuse()
+    for note in report.notes:
+        typer.echo(note, err=True)
     prepare_output(config)
     command = shlex.join(["megachat", *sys.argv[1:]])
     rules = config.ranks_on_one_host()
     launch(config.launch, run_stages, config, stages, command, same_host=rules)
+
+
+def _show(config: "RunConfig", report: "Report") -> None:
+    """What a run would do, and whether it would start."""
+    from megachat.stages.status import describe_run
+
+    with suppress(MegachatError) if report.problems else nullcontext():
+        typer.echo(describe_run(config))
+    report.refuse()
+    for note in report.notes:
+        typer.echo(note)
+    typer.echo("OK: the run would start")
 
 
 @contextmanager

@@ -121,7 +121,8 @@ def explanation(plan: Plan, models: RecipeModels) -> list[str]:
 
 def verdict(config: "RunConfig", cluster: ClusterConfig) -> list[str]:
     """Whether a run whose settings were changed still fits a cluster."""
-    from megachat.cli.preflight import known_architectures, plan_run
+    from megachat.preflight.memory import plan_run
+    from megachat.preflight.models import known_architectures
 
     architectures = known_architectures(config)
     if isinstance(architectures, str):

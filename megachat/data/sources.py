@@ -92,6 +92,26 @@ def open_source(config: SourceConfig, *, cache: DataCache) -> OpenSource:
     return _open_hub(config, cache=cache)
 
 
+def local_records(path: Path) -> Mapping[str, Records]:
+    """Passes over the raw records of a local source, by split; nothing is read or hashed before.
+
+    Raises:
+        DataError: There is no such file or folder, or it holds no data.
+    """
+    if path.is_file():
+        return {TRAIN: partial(_read_files, (path,))}
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    if _is_saved(path):
+        return {
+            split: partial(read_dataset, dataset, name=f"{path} [{split}]")
+            for split, dataset in _splits_of(_load_saved(path), name=str(path)).items()
+        }
+    return {
+        split: partial(_read_files, tuple(files)) for split, files in _training_files(path).items()
+    }
+
+
 def _open_installed(read: Callable[..., Iterator[RawRecord]], *, cache: DataCache) -> OpenSource:
     return OpenSource(
         splits={TRAIN: partial(read, held_out=False), VALIDATION: partial(read, held_out=True)},
@@ -112,15 +132,29 @@ def _open_path(path: Path, *, cache: DataCache) -> OpenSource:
         return _from_files({TRAIN: [path]}, cache=cache)
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _open_saved(path, cache=cache)
-    files = _group_files(path)
+    if _is_saved(path):
+        return _from_datasets(_load_saved(path), name=str(path), cache=cache)
+    return _from_files(_training_files(path), cache=cache)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _training_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split.
+
+    Raises:
+        DataError: There are none to train on.
+    """
+    files = _group_files(folder)
     if not files.get(TRAIN):
         raise DataError(
-            f"{path}: holds neither a data set written by save_to_disk nor training rows in "
+            f"{folder}: holds neither a data set written by save_to_disk nor training rows in "
             f"{', '.join(FILE_SUFFIXES)} files"
         )
-    return _from_files(files, cache=cache)
+    return files
 
 
 def _group_files(folder: Path) -> dict[str, list[Path]]:
@@ -161,21 +195,26 @@ def _read_files(paths: Sequence[Path]) -> Iterator[RawRecord]:
     return chain.from_iterable(read_file(path) for path in paths)
 
 
-def _open_saved(path: Path, *, cache: DataCache) -> OpenSource:
+def _load_saved(path: Path) -> Any:
     try:
-        saved = datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises many types for a damaged folder
         raise DataError(
             f"{path}: cannot be loaded as a saved data set: {first_line(error)}"
         ) from error
-    return _from_datasets(saved, name=str(path), cache=cache)
+
+
+def _splits_of(loaded: Any, *, name: str) -> dict[str, Any]:
+    """The splits of a `Dataset` or `DatasetDict` that are used."""
+    splits = {TRAIN: loaded} if isinstance(loaded, datasets.Dataset) else _choose_splits(loaded)
+    if TRAIN not in splits:
+        raise DataError(f"{name}: has no split 'train', only {', '.join(loaded)}")
+    return splits
 
 
 def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
     """The splits of a `Dataset` or `DatasetDict`, which lie memory-mapped on disk."""
-    splits = {TRAIN: loaded} if isinstance(loaded, datasets.Dataset) else _choose_splits(loaded)
-    if TRAIN not in splits:
-        raise DataError(f"{name}: has no split 'train', only {', '.join(loaded)}")
+    splits = _splits_of(loaded, name=name)
     if not all(dataset.cache_files for dataset in splits.values()):
         raise DataError(f"{name}: is held in memory: leave datasets.config.IN_MEMORY_MAX_SIZE 0")
     digests = {

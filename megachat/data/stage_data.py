@@ -67,6 +67,8 @@ class SourceReport:
     """Tokens of all these rows."""
     outcomes: Mapping[str, int]
     """Rows dropped or truncated, by reason."""
+    beyond_limit: int = 0
+    """Rows that would be held out without `max_validation_rows`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +228,8 @@ class _StageRows:
     validation: Indices
     validation_split: str
     """Which split the held-out rows are rows of."""
+    beyond_limit: int
+    """Rows that would be held out, too, if their number had no limit."""
 
 
 def _prepare_sources(config: DataConfig) -> list[_PreparedSource]:
@@ -273,15 +277,23 @@ def _stage_rows(source: _PreparedSource, config: DataConfig, *, stage: Stage) ->
         )
 
     if VALIDATION in source.splits:
+        whole = part_of(VALIDATION)
+        held_out = whole[: config.max_validation_rows]
         return _StageRows(
             train=np.sort(part_of(TRAIN)),
-            validation=part_of(VALIDATION)[: config.max_validation_rows],
+            validation=held_out,
             validation_split=VALIDATION,
+            beyond_limit=len(whole) - len(held_out),
         )
-    held = hold_out(
-        part_of(TRAIN), share=config.validation_share, at_most=config.max_validation_rows
+    rows = part_of(TRAIN)
+    held = hold_out(rows, share=config.validation_share, at_most=config.max_validation_rows)
+    unlimited = hold_out(rows, share=config.validation_share, at_most=None)
+    return _StageRows(
+        train=held.train,
+        validation=held.validation,
+        validation_split=TRAIN,
+        beyond_limit=len(unlimited.validation) - len(held.validation),
     )
-    return _StageRows(train=held.train, validation=held.validation, validation_split=TRAIN)
 
 
 def _build_stage(
@@ -316,6 +328,7 @@ def _build_stage(
             validation_rows=validation_rows,
             tokens=encoder.tokens,
             outcomes={outcome.value: encoder.counts[outcome] for outcome in encoder.counts},
+            beyond_limit=_stage_rows(source, config, stage=stage).beyond_limit,
         )
         for source, encoder, train_rows, validation_rows in zip(
             sources, encoders, counts[TRAIN], counts[VALIDATION], strict=True

@@ -20,9 +20,26 @@ def prepare(backend: Backend, device: torch.device) -> None:
     if backend is Backend.CUDA:
         cuda_kernels.prepare(device)
     if backend is Backend.CPU:
-        if device.type != "cpu":
-            raise KernelError(
-                f'backend = "cpu" needs a model on the CPU, and this one is on {device}: use '
-                'backend = "cuda" or "reference"'
-            )
+        _check_is_cpu(device)
         cpu_kernels.prepare()
+
+
+def check(backend: Backend, device: torch.device) -> None:
+    """Refuses a backend that `prepare` would refuse, as far as it can be known without a build.
+
+    Raises:
+        KernelError: As there; a compiler that fails shows only when it is called.
+    """
+    if backend is Backend.CUDA:
+        cuda_kernels.check(device)
+    if backend is Backend.CPU:
+        _check_is_cpu(device)
+        cpu_kernels.check()
+
+
+def _check_is_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise KernelError(
+            f'backend = "cpu" needs a model on the CPU, and this one is on {device}: use '
+            'backend = "cuda" or "reference"'
+        )

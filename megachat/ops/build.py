@@ -7,10 +7,12 @@ so it is either whole or absent; a file lock makes one process build it while th
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -174,6 +176,25 @@ def build(recipe: Recipe) -> Path:
         if not library.is_file():
             _compile(recipe, compiler=compiler, library=library)
     return library
+
+
+def check_buildable(recipe: Recipe) -> None:
+    """Refuses a library that is not there and that this machine has no means to build.
+
+    Builds nothing: a compiler that fails shows only when it is called.
+
+    Raises:
+        KernelError: As `load_library`.
+    """
+    if find(recipe) is not None:
+        return
+    _compiler(recipe.toolchain)
+    folder = recipe.cache
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        refused = errno.EACCES if folder.is_dir() else errno.ENOTDIR
+        raise _cannot_keep(recipe, OSError(refused, os.strerror(refused)))
 
 
 def build_ahead(recipe: Recipe) -> BuiltLibrary:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megachat.errors import KernelError
 from megachat.ops import arguments
-from megachat.ops.build import load_library
+from megachat.ops.build import Recipe, check_buildable, load_library
 
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _Number = int | float
@@ -22,6 +22,15 @@ check_tensors = functools.partial(
     arguments.check_tensors, device=torch.device("cpu"), dtypes=tuple(_SUFFIX)
 )
 """Refuses what a kernel would misread."""
+
+
+def check() -> None:
+    """Refuses a machine on which the kernels are not and cannot be built; builds nothing.
+
+    Raises:
+        KernelError: As `prepare`, as far as it can be known without a build.
+    """
+    check_buildable(Recipe())
 
 
 def prepare() -> None:

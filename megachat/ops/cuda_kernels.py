@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megachat.errors import KernelError
 from megachat.ops.arguments import check_tensors, numbers_of_tokens
-from megachat.ops.build import Recipe, load_library
+from megachat.ops.build import Recipe, check_buildable, load_library
 from megachat.ops.philox import GROUP_TOKENS
 
 _LOG = logging.getLogger(__name__)
@@ -131,6 +131,35 @@ def launchers(device: torch.device) -> Launchers:
     Raises:
         KernelError: It is no GPU or too old a one, or they cannot be built or loaded.
     """
+    capability = _capability(device)
+    if capability != _SEEN_ON:
+        _LOG.warning(
+            "the CUDA kernels have run on GPUs of compute capability %d.%d, this one has %d.%d: "
+            'compare a run with backend = "reference" before you rely on them',
+            *(*_SEEN_ON, *capability),
+        )
+    return Launchers(
+        load_library(_recipe(capability)),
+        stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
+        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
+    )
+
+
+def check(device: torch.device) -> None:
+    """Refuses a device that the kernels cannot run on, or be built for here; builds nothing.
+
+    Raises:
+        KernelError: As `launchers`, as far as it can be known without a build.
+    """
+    check_buildable(_recipe(_capability(device)))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device that the kernels run on.
+
+    Raises:
+        KernelError: It is no GPU or too old a one.
+    """
     if device.type != "cuda":
         raise KernelError(
             f'backend = "cuda" needs a model on an NVIDIA GPU, and this one is on the {device}: '
@@ -142,19 +171,13 @@ def launchers(device: torch.device) -> Launchers:
             f"the CUDA kernels need compute capability 8.0 (Ampere) or later, this device has "
             f'{major}.{minor}: use backend = "reference"'
         )
+    return major, minor
+
+
+def _recipe(capability: tuple[int, int]) -> Recipe:
     # 9.0a: what Hopper alone has. The kernels use none of it yet, but that is what has run.
-    architecture = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    if (major, minor) != _SEEN_ON:
-        _LOG.warning(
-            "the CUDA kernels have run on GPUs of compute capability %d.%d, this one has %d.%d: "
-            'compare a run with backend = "reference" before you rely on them',
-            *(*_SEEN_ON, major, minor),
-        )
-    return Launchers(
-        load_library(Recipe.for_gpus(architecture)),
-        stream=lambda device: torch.cuda.current_stream(device).cuda_stream,
-        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-    )
+    major, minor = capability
+    return Recipe.for_gpus("sm_90a" if capability == (9, 0) else f"sm_{major}{minor}")
 
 
 def prepare(device: torch.device) -> None:

@@ -37,10 +37,11 @@ from megachat.parallel.placement import (
     SameHost,
     blocks_of,
     check_hosts,
+    parse_rendezvous,
     part_of,
     read_task,
 )
-from megachat.parallel.rendezvous import Meeting, check_gpus, meet
+from megachat.parallel.rendezvous import Meeting, check_gpus, check_listening, meet
 from megachat.parallel.seats import (
     Nodes,
     Seat,
@@ -81,8 +82,8 @@ class MemoryCheck(StrEnum):
 class LaunchConfig(ConfigModel):
     """How many processes run the job, where, and on which device."""
 
-    processes: int = Field(default=1, ge=1, description="Processes on each node.")
-    nodes: int = Field(default=1, ge=1, description="Nodes of the job.")
+    processes: int = Field(default=1, ge=1, le=2**22, description="Processes on each node.")
+    nodes: int = Field(default=1, ge=1, le=2**20, description="Nodes of the job.")
     rendezvous: str | None = Field(
         default=None,
         description="host:port of the first node, for jobs of several nodes. One node needs none, "
@@ -158,6 +159,32 @@ def prepare_ranks(config: LaunchConfig, module: str) -> None:
         _choose_socket_folder()
         multiprocessing.set_forkserver_preload([module])
         multiprocessing.forkserver.ensure_running()
+
+
+def check_start(config: LaunchConfig) -> torch.device:
+    """Refuses what `launch` would refuse before it meets anyone; starts nothing.
+
+    Returns:
+        What the first rank of this node would compute on.
+
+    Raises:
+        LaunchError: Another launcher started this process in a way that does not fit, a device is
+            not there, or the ranks cannot meet where they are told to.
+    """
+    part, task = _part(config), read_task(os.environ)
+    if config.rendezvous is not None:
+        parse_rendezvous(config.rendezvous)  # one process needs none, but a typo is one there, too
+    device = select_device(config.device)
+    if part is Part.RANK:
+        assert task is not None, "a rank among others was started by something"
+        meeting_of_ranks(config.where, task)
+    elif part is Part.LAUNCHER:
+        if _on_cuda(config):
+            _check_device_count(config)
+        point = meeting_of_nodes(config.where, task)
+        if config.nodes == 1:  # of several nodes, the others may be calling already
+            check_listening(point)
+    return device
 
 
 def launch(
@@ -390,6 +417,15 @@ def _only_gpu(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+def _check_device_count(config: LaunchConfig) -> None:
+    """Refuses more ranks on this node than it has CUDA devices."""
+    if config.processes > torch.cuda.device_count():
+        raise LaunchError(
+            f"launch.processes is {config.processes}, but {socket.gethostname()} has "
+            f"{torch.cuda.device_count()} CUDA devices: lower it"
+        )
+
+
 def _run_node(
     config: LaunchConfig,
     entry: Callable[..., None],
@@ -400,11 +436,7 @@ def _run_node(
     on_cuda = _on_cuda(config)
     if on_cuda:
         _set_cuda_defaults()
-        if config.processes > torch.cuda.device_count():
-            raise LaunchError(
-                f"launch.processes is {config.processes}, but {socket.gethostname()} has "
-                f"{torch.cuda.device_count()} CUDA devices"
-            )
+        _check_device_count(config)
     task = read_task(os.environ)
     context = multiprocessing.get_context("spawn" if on_cuda else "forkserver")
     ranks = LocalRanks(context, on_cuda=on_cuda)

@@ -172,22 +172,48 @@ def _listener(point: MeetingPoint, member: Member) -> socket.socket | None:
         return listen(point.host, 0) if member.number == 0 else None
     if point.role is Role.GUEST or (point.role is Role.FIRST_COME and not is_here(point.host)):
         return None
+    try:
+        return _listen(point)
+    except OSError as error:
+        if point.role is Role.FIRST_COME and error.errno == errno.EADDRINUSE:
+            return None
+        raise _cannot_listen(point, error) from error
+
+
+def check_listening(point: MeetingPoint) -> None:
+    """Refuses a meeting point that this process has to host and cannot; listens for a moment only.
+
+    Raises:
+        LaunchError: The port is in use, or the host is another machine.
+    """
+    try:
+        _listen(point).close()
+    except OSError as error:
+        raise _cannot_listen(point, error) from error
+
+
+def _listen(point: MeetingPoint) -> socket.socket:
+    """Opens the port of a meeting point that this process hosts.
+
+    Raises:
+        LaunchError: One node is to meet on another machine.
+        OSError: The port cannot be had.
+    """
     where = point.gathering.where
     if point.gathering.count == 1 and not is_here(point.host):
         raise LaunchError(
             f"{where}: cannot listen there, it is another machine: leave launch.rendezvous out for "
             "one node"
         )
-    try:
-        return listen(point.host, point.port)
-    except OSError as error:
-        if point.role is Role.FIRST_COME and error.errno == errno.EADDRINUSE:
-            return None
-        why = os.strerror(error.errno) if error.errno else str(error)
-        raise LaunchError(
-            f"{where}: cannot listen there ({why}): choose another port with "
-            "launch.rendezvous=host:port"
-        ) from error
+    return listen(point.host, point.port)
+
+
+def _cannot_listen(point: MeetingPoint, error: OSError) -> LaunchError:
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return LaunchError(
+        f"{point.gathering.where}: cannot listen there ({why}): choose another port with "
+        "launch.rendezvous=host:port"
+    )
 
 
 def is_here(host: str) -> bool:

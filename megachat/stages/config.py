@@ -1,6 +1,8 @@
 """The one place that composes the run configuration from the components' own classes."""
 
+from collections.abc import Callable, Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -9,7 +11,7 @@ from pydantic import Field, model_validator
 
 from megachat.config import ConfigModel, PathField
 from megachat.data.config import DataConfig, SentencePieceConfig
-from megachat.errors import ConfigError
+from megachat.errors import ConfigError, MegachatError
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.model.config import (
@@ -306,16 +308,30 @@ class RunConfig(ConfigModel):
                 degree does not nest into the actor's layout.
             ConfigError: Rows and mini-batches do not fit.
         """
+        for problem in self.problems():
+            raise problem
+
+    def problems(self) -> Iterator[MegachatError]:
+        """All that `check` would raise."""
+        world_size = self.launch.world_size
         roles = {"actor": self.models.actor, "reward": self.models.reward}
+        checks: list[Callable[[], object]] = []
         for name, role in roles.items():
-            role.layout(self.launch.world_size)
+            checks.append(partial(role.layout, world_size))
             if role.shape is not None:
-                self._check_positions(name, role.shape.max_positions)
-        GenerationPlacement(
-            source=self.models.actor.layout(self.launch.world_size),
-            tensor=self.rlhf.generation_degree(self.models.actor),
-        )
-        self.rlhf.ppo.check_rows(self.rlhf.batch_prompts)
+                checks.append(partial(self._check_positions, name, role.shape.max_positions))
+        checks += [
+            self._check_generation,
+            partial(self.rlhf.ppo.check_rows, self.rlhf.batch_prompts),
+        ]
+        told: set[str] = set()
+        for check in checks:
+            try:
+                check()
+            except MegachatError as error:
+                if str(error) not in told:  # both roles may have the same problem
+                    yield error
+                told.add(str(error))
 
     def ranks_on_one_host(self) -> tuple[SameHost, ...]:
         """Tensor groups of training and of generation, which exchange within every layer."""
@@ -333,6 +349,14 @@ class RunConfig(ConfigModel):
             ),
             SameHost(why=f"rlhf.generation_tensor {degree}", groups=tuple(generation)),
         )
+
+    def _check_generation(self) -> None:
+        """Refuses a generation degree that does not nest into the actor's layout, if that fits."""
+        actor, world_size = self.models.actor, self.launch.world_size
+        if world_size % (actor.tensor * actor.pipeline) == 0:
+            GenerationPlacement(
+                source=actor.layout(world_size), tensor=self.rlhf.generation_degree(actor)
+            )
 
     def _check_positions(self, role: str, max_positions: int) -> None:
         """Refuses rows that are longer than a model's position table."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.data.config import SourceConfig, Stage
+from megachat.data.formats import FORMATS
 from megachat.errors import CheckpointError, DataError, MegachatError
 from megachat.hub import (
     Content,
@@ -86,6 +87,12 @@ class DataInput:
     def __str__(self) -> str:
         """As messages call it."""
         return f"data set {self.source.name}"
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether it comes from the hub: it is neither a path nor part of an installed package."""
+        known = FORMATS.get(self.source.name)
+        return self.source.path is None and known is not None and known.hub_name is not None
 
     @property
     def error(self) -> type[MegachatError]:

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
-from megachat.errors import CheckpointError, ConfigError
+from megachat.errors import CheckpointError
 from megachat.ops.backends import prepare
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.handover import on_first_rank
@@ -34,6 +34,7 @@ from megachat.stages.results import (
 )
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
+from megachat.stages.rows import prepare_rows
 from megachat.stages.scope import StageScope, stage_scope
 from megachat.stages.sft import run_sft
 from megachat.stages.shared import (
@@ -42,7 +43,7 @@ from megachat.stages.shared import (
     check_output,
     raise_together,
 )
-from megachat.stages.status import completed_stages
+from megachat.stages.status import completed_stages, has_tokenizer, require_inputs
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
@@ -67,12 +68,17 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     started = time.monotonic()
     check_output(worker, config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
-    prepare(config.models.actor.logprob_backend, worker.device)
     done, inputs = on_first_rank(
         lambda: _open_run(config, stages), task="looking at what is complete"
     )
     check_inputs(inputs)
+    to_run = [stage for stage in stages if stage not in done]
+    prepare_backends(config, worker, to_run)
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
+    on_first_rank(
+        partial(prepare_rows, config, context.tokenizer, to_run),
+        task="preparing the data of all stages",
+    )
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
         if stage in done:
@@ -92,6 +98,18 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         task="writing the report",
     )
     context.close()
+
+
+def prepare_backends(config: RunConfig, worker: Worker, stages: Collection[Stage]) -> None:
+    """Builds and loads the kernels of all stages, so that none is found missing after another.
+
+    Raises:
+        KernelError: They are for other devices, or cannot be built or loaded here.
+    """
+    if stages:
+        prepare(config.models.actor.logprob_backend, worker.device)
+    if Stage.PROMPTS in stages:
+        prepare(config.rlhf.generation.backend, worker.device)
 
 
 def prepare_tokenizer(config: RunConfig) -> Tokenizer:
@@ -119,7 +137,7 @@ def prepare_tokenizer(config: RunConfig) -> Tokenizer:
 def _make_tokenizer(config: RunConfig) -> str:
     """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
     folder = tokenizer_folder(config)
-    if not _has_tokenizer(config):
+    if not has_tokenizer(config):
         section = config.tokenizer
         if section.train is not None:
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
@@ -138,39 +156,6 @@ def _open_run(
     Leaves the configuration in the folder.
     """
     done = completed_stages(config)
-    _require_inputs(config, done, first=stages[0])
+    require_inputs(config, done, first=stages[0])
     write_json(config.run.output / "config.json", config.model_dump(mode="json"))
     return done, inputs_of(config, [stage for stage in stages if stage not in done])
-
-
-def _has_tokenizer(config: RunConfig) -> bool:
-    """Whether the run folder holds the tokenizer of this configuration.
-
-    Raises:
-        ConfigError: It holds that of another one.
-    """
-    folder, record = tokenizer_folder(config), config.run.output / TOKENIZER_RECORD
-    if not (folder / "tokenizer.json").is_file() or not record.is_file():
-        return False
-    if record.read_text(encoding="utf-8") != tokenizer_fingerprint(config):
-        raise ConfigError(
-            f"{folder}: made under another configuration of tokenizer or data: choose another "
-            "run.output or delete the folder"
-        )
-    return True
-
-
-def _require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
-    """Checks that the stages before the first one to run have left their models.
-
-    Raises:
-        CheckpointError: One of them has not.
-    """
-    for stage in Stage:
-        if stage is first:
-            return
-        if stage not in done:
-            raise CheckpointError(
-                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
-                f"incomplete, and stage '{first}' needs it: run that stage first"
-            )

@@ -1,8 +1,17 @@
 """Says what a run will do and which of its stages are done, without the modules that train."""
 
+from collections.abc import Mapping
+
 from megachat.data.config import Stage
+from megachat.errors import CheckpointError, ConfigError
 from megachat.stages.config import RunConfig
-from megachat.stages.context import stage_fingerprint, stage_folder
+from megachat.stages.context import (
+    TOKENIZER_RECORD,
+    stage_fingerprint,
+    stage_folder,
+    tokenizer_fingerprint,
+    tokenizer_folder,
+)
 from megachat.stages.inputs import describe_inputs, inputs_of
 from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
 
@@ -38,3 +47,36 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
         if is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done
+
+
+def require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
+    """Checks that the stages before the first one to run have left their models.
+
+    Raises:
+        CheckpointError: One of them has not.
+    """
+    for stage in Stage:
+        if stage is first:
+            return
+        if stage not in done:
+            raise CheckpointError(
+                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
+                f"incomplete, and stage '{first}' needs it: run that stage first"
+            )
+
+
+def has_tokenizer(config: RunConfig) -> bool:
+    """Whether the run folder holds the tokenizer of this configuration.
+
+    Raises:
+        ConfigError: It holds that of another one.
+    """
+    folder, record = tokenizer_folder(config), config.run.output / TOKENIZER_RECORD
+    if not (folder / "tokenizer.json").is_file() or not record.is_file():
+        return False
+    if record.read_text(encoding="utf-8") != tokenizer_fingerprint(config):
+        raise ConfigError(
+            f"{folder}: made under another configuration of tokenizer or data: choose another "
+            "run.output or delete the folder"
+        )
+    return True

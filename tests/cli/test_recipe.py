@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from megachat.cli.main import EXIT_CODE, app
-from megachat.cli.preflight import Architectures, RunPlan, known_architectures, plan_run
 from megachat.cli.presets import DeploymentType, Machine, paper_tree, recipe_cluster
 from megachat.cli.recipe import RecipeModels, choose, command, smallest_cluster, workload
 from megachat.config import build_config
@@ -18,6 +17,8 @@ from megachat.errors import CapacityError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig, Recompute
 from megachat.planner.hardware import ClusterConfig
 from megachat.planner.search import Plan, PlanRequest, search
+from megachat.preflight.memory import RunPlan, plan_run
+from megachat.preflight.models import Architectures, known_architectures
 from megachat.stages.config import RunConfig
 
 CRITIC = "facebook/opt-350m"

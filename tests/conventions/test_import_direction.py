@@ -30,7 +30,8 @@ DIRECT: Mapping[str, frozenset[str]] = {
     "data": FOUNDATION,
     "planner": FOUNDATION | {"model", "parallel", "reshard"},
     "stages": FOUNDATION | {"rlhf", "checkpoint", "data"},
-    "cli": FOUNDATION | {"stages", "planner"},
+    "preflight": FOUNDATION | {"stages", "planner"},
+    "cli": FOUNDATION | {"preflight"},
 }
 """What stands directly below each part; whatever stands below that may be imported as well."""
 

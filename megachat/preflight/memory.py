@@ -5,13 +5,11 @@ the run's own models, layouts, batches, lengths and precision. Nothing is downlo
 is known neither by name nor on this disk is left to the run.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megachat.cli.plan import find_architecture
 from megachat.data.config import Stage
 from megachat.errors import CapacityError
 from megachat.model.config import Head, OptConfig, vocab_multiple_for
@@ -20,11 +18,11 @@ from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, RoleSetup, Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure, MemoryPlan, Phase
-from megachat.stages.config import FROM_SFT, Precision, RoleSection, RunConfig
-from megachat.stages.status import completed_stages
+from megachat.preflight.models import Architectures, known_architectures
+from megachat.stages.config import Precision, RoleSection, RunConfig
 from megachat.telemetry.machine import available_bytes
 
-_PROCESS_BYTES = GB // 2
+PROCESS_BYTES = GB // 2
 """A rank on the CPU before it holds any tensor: Python, torch, megatron-core, DeepSpeed."""
 
 _HOPPER = (9, 0)
@@ -41,9 +39,11 @@ _PHASES: Mapping[Stage, tuple[Phase, ...]] = {
 def check_memory(config: RunConfig, stages: Sequence[Stage]) -> str | None:
     """Refuses a run that cannot fit, as `launch.memory_check` says.
 
+    A cache that cannot hold one sequence is refused whatever it says: nothing would come of it.
+
     Args:
         config: The run.
-        stages: What is asked for; completed ones are not started and not looked at.
+        stages: What is going to run; completed stages are not among them.
 
     Returns:
         A line for the user where the run starts with a warning or unchecked.
@@ -54,11 +54,9 @@ def check_memory(config: RunConfig, stages: Sequence[Stage]) -> str | None:
         ConfigError: Rows are longer than a model's position table.
         LaunchError: CUDA is asked for and is not here.
     """
-    if config.launch.memory_check is MemoryCheck.OFF:
-        return None
-    done = completed_stages(config)
-    phases = [phase for stage in stages if stage not in done for phase in _PHASES[stage]]
-    if not phases:
+    is_off = config.launch.memory_check is MemoryCheck.OFF
+    phases = [phase for stage in stages for phase in _PHASES[stage]]
+    if not phases or (is_off and Phase.GENERATION not in phases):
         return None
     architectures = known_architectures(config)
     if isinstance(architectures, str):
@@ -67,23 +65,16 @@ def check_memory(config: RunConfig, stages: Sequence[Stage]) -> str | None:
             "it is downloaded"
         )
     device = select_device(config.launch.device)
-    reason = plan_run(config, architectures, _cluster(config, device), phases).reason
-    if reason is None:
+    run = plan_run(config, architectures, _cluster(config, device), phases)
+    cache = _too_small_cache(config, run.memory) if Phase.GENERATION in phases else None
+    if cache is not None and config.launch.memory_check is not MemoryCheck.REFUSE:
+        raise CapacityError(f"this run cannot generate: {cache}")
+    if is_off or run.reason is None:
         return None
-    text = f"this run cannot fit: {reason}"
+    text = f"this run cannot fit: {run.reason}"
     if config.launch.memory_check is MemoryCheck.WARN:
         return f"warning: {text}"
     raise CapacityError(f'{text} (launch.memory_check = "warn" starts it anyway)')
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architectures:
-    """What the roles of a run are."""
-
-    actor: OptConfig
-    """Of supervised model, actor and reference."""
-    critic: OptConfig
-    """Of critic and reward model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +154,7 @@ def _cluster(config: RunConfig, device: torch.device) -> ClusterConfig:
         return ClusterConfig(
             gpus_per_node=launch.world_size,
             gpu_memory_gb=each / GB,
-            reserved_gb=min(_PROCESS_BYTES, each) / GB,
+            reserved_gb=min(PROCESS_BYTES, each) / GB,
             margin=0.0,
             allocator=Allocator.EXACT,
             host_memory_gb=host * launch.nodes / GB,
@@ -231,42 +222,3 @@ def _setup(config: RunConfig, role: RoleSection, model: OptConfig, head: Head) -
         recompute=role.recompute,
         micro_batch_rows=role.micro_batch_rows,
     )
-
-
-def known_architectures(config: RunConfig) -> Architectures | str:
-    """What the models of a run are, or the name of the one that cannot be known yet."""
-    models = config.models
-    actor = _architecture(config, models.actor)
-    if actor is None:
-        return models.actor.model or "models.actor.shape"
-    if models.reward.model == FROM_SFT:
-        return Architectures(actor=actor, critic=actor)
-    critic = _architecture(config, models.reward)
-    if critic is None:
-        return models.reward.model or "models.reward.shape"
-    return Architectures(actor=actor, critic=critic)
-
-
-def _architecture(config: RunConfig, role: RoleSection) -> OptConfig | None:
-    if role.shape is not None:
-        vocab_size = _vocab_size(config)
-        if vocab_size is None:
-            return None
-        return role.shape.opt_config(vocab_size=vocab_size, pad_id=0, bos_id=0, eos_id=0)
-    assert role.model is not None, "a role has a model or a shape"
-    return find_architecture(role.model)
-
-
-def _vocab_size(config: RunConfig) -> int | None:
-    """Of the run's tokenizer; None where that is not on this disk."""
-    section = config.tokenizer
-    if section.train is not None:
-        return section.train.vocab_size
-    from megachat.hub import Content, folder_on_disk
-
-    folder = folder_on_disk(section.path or config.models.actor.model or "", Content.TOKENIZER)
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = [int(entry["id"]) for entry in values.get("added_tokens", ())]
-    return max([len(values["model"]["vocab"]), *(number + 1 for number in ids)])

@@ -8,15 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from megachat.cli import preflight
 from megachat.cli.main import EXIT_CODE, app
-from megachat.cli.preflight import check_memory
 from megachat.cli.presets import DeploymentType, paper_tree, tiny_example
 from megachat.config import apply_override, build_config, load_config
 from megachat.data.config import Stage
 from megachat.errors import CapacityError, ConfigError, LayoutError
 from megachat.hub import folder_on_disk
 from megachat.model.config import OPT_MODELS, Head
+from megachat.preflight import memory as memory_module
+from megachat.preflight.memory import check_memory
 from megachat.stages.config import RunConfig
 
 ALL = list(Stage)
@@ -38,7 +38,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def with_memory(patch: pytest.MonkeyPatch, num_bytes: int) -> None:
     """From now on this machine has so many bytes."""
-    patch.setattr(preflight, "available_bytes", lambda _: num_bytes)
+    patch.setattr(memory_module, "available_bytes", lambda _: num_bytes)
 
 
 def needed(patch: pytest.MonkeyPatch, config: RunConfig, stages: list[Stage]) -> float:
@@ -86,10 +86,11 @@ def test_the_switch_decides_between_refusal_warning_and_nothing(tmp_path: Path) 
     large = "facebook/opt-175b"
     with pytest.raises(CapacityError, match="this run cannot fit"):
         check_memory(run_config(tmp_path, actor=large), ALL)
-    warned = run_config(tmp_path, "launch.memory_check=warn", actor=large)
+    cache = "rlhf.generation.kv_cache_gb=5"  # for one sequence
+    warned = run_config(tmp_path, "launch.memory_check=warn", cache, actor=large)
     warning = check_memory(warned, ALL)
     assert warning is not None and warning.startswith("warning: this run cannot fit: phase ")
-    unchecked = run_config(tmp_path, "launch.memory_check=off", actor=large)
+    unchecked = run_config(tmp_path, "launch.memory_check=off", cache, actor=large)
     assert check_memory(unchecked, ALL) is None
 
 
@@ -166,6 +167,17 @@ def test_a_cache_below_one_sequence_is_refused_before_the_first_stage(tmp_path: 
         check_memory(config, ALL)
 
 
+@pytest.mark.parametrize("switch", ["warn", "off"])
+def test_a_cache_of_no_use_is_refused_whatever_is_said_of_memory(
+    tmp_path: Path, switch: str
+) -> None:
+    config = run_config(
+        tmp_path, "rlhf.generation.kv_cache_gb=0.03", f"launch.memory_check={switch}"
+    )
+    with pytest.raises(CapacityError, match=r"kv_cache_gb 0.03 holds 25 blocks .* needs 32"):
+        check_memory(config, ALL)
+
+
 def test_a_model_is_known_from_its_folder(memory: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "opt"
     folder.mkdir()
@@ -231,10 +243,10 @@ def test_the_recipe_passes_the_check_on_the_gpus_that_it_was_chosen_for(
     for override in (f"run.output={tmp_path}", "launch.rendezvous=first:1"):
         apply_override(tree, override)
     config = build_config(RunConfig, tree, source="test")
-    memory.setattr(preflight, "select_device", lambda _: torch.device("cuda", 0))
+    memory.setattr(memory_module, "select_device", lambda _: torch.device("cuda", 0))
     memory.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     memory.setattr(
-        preflight,
+        memory_module,
         "available_bytes",
         lambda device: (gigabytes if device.type == "cuda" else 1000) * GB,
     )

@@ -25,6 +25,7 @@ from megachat.stages.context import (
     tokenizer_folder,
 )
 from megachat.stages.inputs import Input, inputs_of
+from megachat.stages.output import LOGS_FOLDER, claimed_output, start_afresh
 from megachat.stages.results import (
     StageMemory,
     StageResult,
@@ -64,9 +65,15 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         stages: What to do, in order; stages before the first must be complete.
         command: The command line, for the report.
     """
+    with claimed_output(config):
+        _run_stages(worker, config, stages, command)
+
+
+def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], command: str) -> None:
+    """Runs stages in a folder that this run has for itself."""
     started = time.monotonic()
     check_output(worker, config)
-    set_up_logging(config.run.output / "logs", rank=worker.rank)
+    set_up_logging(config.run.output / LOGS_FOLDER, rank=worker.rank)
     prepare(config.models.actor.logprob_backend, worker.device)
     done, inputs = on_first_rank(
         lambda: _open_run(config, stages), task="looking at what is complete"
@@ -78,6 +85,9 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         if stage in done:
             logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
             continue
+        on_first_rank(
+            partial(start_afresh, context.folder(stage)), task=f"starting stage '{stage}'"
+        )
         memory = PeakMemory(worker.device)
         with stage_scope(worker.device, synchronize=context.synchronize) as scope:
             result = _RUNNERS[stage](context, title, scope)

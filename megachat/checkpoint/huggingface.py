@@ -10,11 +10,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from megachat.checkpoint.checksums import check_file, with_digests
+from megachat.checkpoint.digests import covers, model_digest
 from megachat.checkpoint.draft import is_complete
 from megachat.checkpoint.load import execute_load
 from megachat.checkpoint.load_plan import plan_load
 from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, huggingface_shape
-from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, list_weights, read_json
+from megachat.checkpoint.reader import (
+    CONFIG_FILE,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    list_weights,
+    read_json,
+)
 from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, OptConfig
@@ -50,6 +58,7 @@ def read_config(source: Path | str) -> OptConfig:
     if str(source) in OPT_MODELS:
         return OPT_MODELS[str(source)]
     path = Path(source) / CONFIG_FILE
+    check_file(path.parent, path.name)
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; known sizes are {', '.join(OPT_MODELS)}")
     try:
@@ -91,7 +100,7 @@ def load_together(
     *,
     missing_head: MissingHead = MissingHead.REFUSE,
     seed: int = 0,
-) -> None:
+) -> str | None:
     """Fills several models with the same weights, which are read once: a policy and its reference.
 
     Args:
@@ -99,6 +108,9 @@ def load_together(
         folder: As in `load_huggingface`, and so is the rest.
         missing_head: As there.
         seed: As there.
+
+    Returns:
+        On the first rank, `digests.model_digest` of the folder, where all of it was read.
 
     Raises:
         CheckpointError: As in `load_huggingface`.
@@ -121,10 +133,13 @@ def load_together(
         config=first.config,
         layout=first.groups.layout,
     )
-    execute_load(models, plan, folder)
+    digests = execute_load(models, plan, folder)
     if found.absent:
         for model in models:
             model.initialise(seed, names=sorted(found.absent))
+    if digests is None or not covers(digests, found.stored):
+        return None
+    return model_digest(first.config, digests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +157,8 @@ def _check_folder(
 ) -> _Contents:
     """Reads the headers of a folder and compares them with what is needed."""
     _check_architecture(config, folder)
-    stored = list_weights(folder)
+    check_file(folder, SAFETENSORS_INDEX)
+    stored = with_digests(folder, list_weights(folder))
     absent: frozenset[str] = frozenset()
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
         absent = frozenset(spec.name for spec in specs if huggingface_names(spec) == (SCORE,))

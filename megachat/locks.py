@@ -117,7 +117,7 @@ def claimed(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise HeldElsewhereError(_read_holder(path)) from None
-        _sign(descriptor, json.dumps(asdict(Holder.myself())).encode())
+        _sign(descriptor, json.dumps(asdict(Holder.myself()), allow_nan=False).encode())
         try:
             yield
         finally:

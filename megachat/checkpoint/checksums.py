@@ -92,8 +92,22 @@ def check_file(folder: Path, name: str) -> None:
         CheckpointError: It is another file than the one that was written.
     """
     checksums = read_checksums(folder)
-    if checksums is None or name not in checksums.files:
-        return
+    if checksums is not None and name in checksums.files:
+        _check(folder, name, checksums)
+
+
+def check_small_files(folder: Path) -> None:
+    """Does so for all small files of a folder: configuration and tokenizer.
+
+    Raises:
+        CheckpointError: One is another file than the one that was written.
+    """
+    checksums = read_checksums(folder)
+    for name in checksums.files if checksums is not None else ():
+        _check(folder, name, checksums)
+
+
+def _check(folder: Path, name: str, checksums: Checksums) -> None:
     try:
         found = file_digest(folder / name)
     except OSError as error:

@@ -32,7 +32,7 @@ def model_digest(config: OptConfig, tensors: Mapping[str, str]) -> str:
         tensors: Digest of each tensor, by canonical name.
     """
     known = {name: digest for name, digest in tensors.items() if name not in _NO_CONTENT}
-    text = json.dumps({"config": asdict(config), "tensors": known}, sort_keys=True, default=str)
+    text = json.dumps({"config": asdict(config), "tensors": known}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

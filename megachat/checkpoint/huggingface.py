@@ -139,13 +139,15 @@ def load_together(
             model.initialise(seed, names=sorted(found.absent))
     if digests is None or not covers(digests, found.stored):
         return None
-    return model_digest(first.config, digests)
+    return model_digest(found.config, digests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
     """What the first rank tells the others of a folder that is in order."""
 
+    config: OptConfig
+    """As the folder has it."""
     stored: Mapping[str, StoredTensor]
     """By canonical name."""
     absent: frozenset[str]
@@ -156,19 +158,19 @@ def _check_folder(
     config: OptConfig, specs: Sequence[TensorSpec], folder: Path, *, missing_head: MissingHead
 ) -> _Contents:
     """Reads the headers of a folder and compares them with what is needed."""
-    _check_architecture(config, folder)
+    found = read_config(folder)
+    _check_architecture(config, found, folder)
     check_file(folder, SAFETENSORS_INDEX)
     stored = with_digests(folder, list_weights(folder))
     absent: frozenset[str] = frozenset()
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
         absent = frozenset(spec.name for spec in specs if huggingface_names(spec) == (SCORE,))
     _check_tensors([spec for spec in specs if spec.name not in absent], stored, folder)
-    return _Contents(stored=stored, absent=absent)
+    return _Contents(config=found, stored=stored, absent=absent)
 
 
-def _check_architecture(config: OptConfig, folder: Path) -> None:
+def _check_architecture(config: OptConfig, found: OptConfig, folder: Path) -> None:
     """Compares what shapes alone do not tell (heads, place of the norms), and the rest too."""
-    found = read_config(folder)
     for name, here, there in (
         ("vocab_size", config.vocab_size, found.vocab_size),
         ("max_positions", config.max_positions, found.max_positions),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megachat.checkpoint.content import weights_state
 from megachat.checkpoint.huggingface import MissingHead, load_together, read_config
 from megachat.errors import ConfigError
 from megachat.hub import local_folder
@@ -122,10 +123,13 @@ def load_models(
         )
         for each in options
     ]
-    load_together(
+    state = weights_state(folder) if context.worker.rank == 0 else None
+    digest = load_together(
         models,
         folder,
         missing_head=missing_head,
         seed=seed_for(context.config.run.seed, "init", head),
     )
+    if state is not None and digest is not None:
+        context.note_model(folder, digest, state=state)
     return models

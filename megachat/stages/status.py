@@ -2,8 +2,9 @@
 
 from megachat.data.config import Stage
 from megachat.stages.config import RunConfig
-from megachat.stages.context import stage_fingerprint, stage_folder
+from megachat.stages.context import stage_folder
 from megachat.stages.inputs import describe_inputs, inputs_of
+from megachat.stages.origin import check_stage, stages_before
 from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
 
 
@@ -21,20 +22,27 @@ def describe_run(config: RunConfig) -> str:
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there.
+    """The results of the stages whose outputs are all there and are what they would be now.
+
+    A stage that was made from another model than the stages before it have left is not complete:
+    it has to be run again. So is one whose earlier stages are to be run again, until their models
+    turn out to be the same.
 
     Raises:
-        CheckpointError: A result file is not one.
-        ConfigError: A stage, asked for or not, was completed under another configuration.
+        CheckpointError: A result or record is not one.
+        ConfigError: A stage, asked for or not, was completed under another configuration, or from
+            other data or another start model.
     """
     done: dict[Stage, StageResult] = {}
     for stage in Stage:
         folder = stage_folder(config, stage)
-        result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
+        result = read_result(folder)
         if result is None:
             continue
         from megachat.checkpoint.huggingface import is_complete  # seconds, where nothing is done
 
-        if is_complete(folder / MODEL_FOLDER):
+        is_current = check_stage(config, stage)
+        has_inputs = all(before in done for before in stages_before(config, stage))
+        if is_current and has_inputs and is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done

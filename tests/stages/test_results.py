@@ -40,16 +40,16 @@ RESULT = StageResult(
 
 
 def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    assert read_result(tmp_path, expected_fingerprint="abc") is None
+    assert read_result(tmp_path) is None
     write_result(tmp_path, RESULT)
-    assert read_result(tmp_path, expected_fingerprint="abc") == RESULT
+    assert read_result(tmp_path) == RESULT
     assert [path.name for path in tmp_path.iterdir()] == [RESULT_FILE]
 
 
 def test_figures_that_are_not_numbers_come_back(tmp_path: Path) -> None:
     result = StageResult(fingerprint="a", seconds=0.0, metrics={"x": math.nan, "y": math.inf})
     write_result(tmp_path, result)
-    found = read_result(tmp_path, expected_fingerprint="a")
+    found = read_result(tmp_path)
     assert found is not None and math.isnan(found.metrics["x"]) and found.metrics["y"] == math.inf
 
 
@@ -81,18 +81,10 @@ def test_figures_that_are_not_numbers_come_back(tmp_path: Path) -> None:
 def test_a_corrupt_result_is_refused_with_what_to_do(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULT_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError) as caught:
-        read_result(tmp_path, expected_fingerprint="abc")
+        read_result(tmp_path)
     message = str(caught.value)
     assert RESULT_FILE in message and f"delete the folder {tmp_path}" in message
     assert "\n" not in message
-
-
-def test_the_result_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    write_result(tmp_path, RESULT)
-    with pytest.raises(
-        ConfigError, match=r"another configuration \(abc, now xyz\): choose another"
-    ):
-        read_result(tmp_path, expected_fingerprint="xyz")
 
 
 def test_a_write_that_fails_leaves_the_old_file(
@@ -131,7 +123,7 @@ def test_a_result_of_an_older_version_without_memory_is_a_completed_stage(tmp_pa
     values = json.loads((tmp_path / RESULT_FILE).read_text(encoding="utf-8"))
     del values["memory"]
     (tmp_path / RESULT_FILE).write_text(json.dumps(values), encoding="utf-8")
-    found = read_result(tmp_path, expected_fingerprint="abc")
+    found = read_result(tmp_path)
     assert found is not None and found.memory is None and found.metrics == RESULT.metrics
 
 

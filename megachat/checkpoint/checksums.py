@@ -103,7 +103,9 @@ def check_small_files(folder: Path) -> None:
         CheckpointError: One is another file than the one that was written.
     """
     checksums = read_checksums(folder)
-    for name in checksums.files if checksums is not None else ():
+    if checksums is None:
+        return
+    for name in checksums.files:
         _check(folder, name, checksums)
 
 

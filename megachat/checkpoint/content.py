@@ -57,7 +57,10 @@ def folder_digest(folder: Path, digests: FileDigests) -> str:
     stored = list_weights(folder)
     size = sum(tensor.num_bytes for tensor in stored.values())
     if size > _SAID_BYTES:
-        logger.info("reading %s to see whether it is the same model: %.1f GB", folder, size / 1e9)
+        # A warning, since a run looks at this before it shows its log.
+        logger.warning(
+            "reading %s to see whether it is the same model: %.1f GB", folder, size / 1e9
+        )
     in_order = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
     tensors = {name: tensor_digest(read_tensor(folder, tensor)) for name, tensor in in_order}
     digest = model_digest(read_config(folder), tensors)

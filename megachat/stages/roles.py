@@ -1,6 +1,7 @@
 """The one place that turns a role's configuration into a model on this rank."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from megachat.checkpoint.content import weights_state
@@ -123,7 +124,10 @@ def load_models(
         )
         for each in options
     ]
-    state = weights_state(folder) if context.worker.rank == 0 else None
+    state = None
+    if context.worker.rank == 0:
+        with suppress(OSError):  # loading tells all ranks of it
+            state = weights_state(folder)
     digest = load_together(
         models,
         folder,

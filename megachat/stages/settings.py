@@ -5,7 +5,7 @@ log-probabilities, do not count: they change rounding only. Where files lie does
 what they hold does, and `megachat.stages.origin` looks at that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def tokenizer_settings(config: RunConfig) -> Settings:
     return _settings(config, _tokenizer_tree)
 
 
-def _settings(config: RunConfig, choose: Any) -> Settings:
+def _settings(config: RunConfig, choose: Callable[[Tree], Tree]) -> Settings:
     every = choose(config.model_dump(mode="json"))
     chosen = choose(config.model_dump(mode="json", exclude_defaults=True))
     return Settings(values=dict(_flat(every)), chosen=frozenset(key for key, _ in _flat(chosen)))

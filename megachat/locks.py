@@ -1,4 +1,4 @@
-"""Holds a file lock between processes; says who is waited for, and where there are no locks.
+"""Holds file locks between processes: waits for one (`held`), or names its holder (`claimed`).
 
 A lock is the kernel's own (`flock`), which ends with the process that holds it. A lock that is a
 mere file would outlive a killed process, and the process id in it means nothing to another
@@ -6,13 +6,17 @@ container; so nothing falls back to that.
 """
 
 import errno
+import fcntl
+import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import filelock
 
@@ -60,6 +64,82 @@ def held(path: Path, purpose: Purpose) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holder:
+    """Who holds a claim, as it says itself in the file."""
+
+    host: str
+    pid: int
+    since: str
+    """Local time of that host."""
+
+    @classmethod
+    def myself(cls) -> Self:
+        """This process."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        return cls(host=socket.gethostname(), pid=os.getpid(), since=since)
+
+    def __str__(self) -> str:
+        """As messages call it."""
+        return f"process {self.pid} on host {self.host}, since {self.since}"
+
+
+class HeldElsewhereError(Exception):
+    """A claim that another process has; `holder` is None where it has not said who it is."""
+
+    def __init__(self, holder: Holder | None) -> None:
+        """Keeps the holder."""
+        super().__init__(str(holder or "another process"))
+        self.holder = holder
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Holds the lock of a file for the length of the body, or says at once who has it.
+
+    The file holds the holder's name for those who come in vain. It stays when the claim ends, since
+    removing it would let two others lock two files of one name; it is empty then.
+
+    Args:
+        path: The lock file; it is made if missing.
+
+    Raises:
+        HeldElsewhereError: Another process has it.
+        OSError: The file cannot be made or written, or the file system has no locks
+            (`why_no_locks` tells).
+    """
+    # Not `filelock`: it empties the file before it knows whether it gets the lock.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HeldElsewhereError(_read_holder(path)) from None
+        _sign(descriptor, json.dumps(asdict(Holder.myself()), allow_nan=False).encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a name that stays means nothing without the lock
+                _sign(descriptor, b"")
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def _sign(descriptor: int, text: bytes) -> None:
+    """Puts the text in the place of the file's content, on the disk, for other nodes to see."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text, 0)
+    os.fsync(descriptor)
+
+
+def _read_holder(path: Path) -> Holder | None:
+    """Who holds a claim; None in the moment between its lock and its name."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def why_no_locks(error: BaseException) -> str | None:

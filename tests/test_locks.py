@@ -2,9 +2,13 @@
 
 import errno
 import fcntl
+import json
 import logging
+import multiprocessing
 import os
+import socket
 import threading
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import filelock
@@ -12,7 +16,7 @@ import pytest
 
 from megachat import locks
 from megachat.errors import DataError
-from megachat.locks import Purpose, held
+from megachat.locks import HeldElsewhereError, Purpose, claimed, held
 
 PURPOSE = Purpose(work="boil the kettle", remedy="drink water", error=DataError)
 
@@ -104,3 +108,73 @@ def test_an_error_of_the_work_itself_passes_and_frees_the_lock(tmp_path: Path) -
         raise OSError(errno.ENOLCK, "of the work")
     with held(tmp_path / "lock", PURPOSE):
         pass
+
+
+def _hold(path: Path, held_now: Event, done: Event) -> None:
+    with claimed(path):
+        held_now.set()
+        done.wait(60)
+
+
+def _start_holder(path: Path) -> multiprocessing.process.BaseProcess:
+    """Another process that has claimed the file when this returns."""
+    context = multiprocessing.get_context("fork")
+    held_now = context.Event()
+    holder = context.Process(target=_hold, args=(path, held_now, context.Event()))
+    holder.start()
+    assert held_now.wait(60)
+    return holder
+
+
+def test_who_comes_second_learns_host_and_process_of_the_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = _start_holder(path)
+    try:
+        for _ in range(2):  # to ask changes nothing
+            with pytest.raises(HeldElsewhereError) as caught, claimed(path):
+                pass
+            found = caught.value.holder
+            assert found is not None
+            assert (found.host, found.pid) == (socket.gethostname(), holder.pid)
+            assert str(holder.pid) in str(caught.value) and found.host in str(caught.value)
+    finally:
+        holder.kill()
+        holder.join(60)
+
+
+def test_the_claim_of_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    holder = _start_holder(path)
+    holder.kill()
+    holder.join(60)
+    assert str(holder.pid) in path.read_text()  # it could not clean up
+    with claimed(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert path.read_text() == ""
+
+
+def test_a_claim_ends_with_an_error_of_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with pytest.raises(ValueError, match="of the work"), claimed(path):
+        raise ValueError("of the work")
+    with claimed(path), pytest.raises(HeldElsewhereError), claimed(path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"pid": 1}'])
+def test_a_holder_that_has_not_said_its_name_is_another_process(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with claimed(path):
+        path.write_text(text)
+        with pytest.raises(HeldElsewhereError, match="another process"), claimed(path):
+            pass
+
+
+def test_a_claim_without_locks_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as caught, claimed(tmp_path / "lock"):
+        pass
+    assert "no file locks" in str(locks.why_no_locks(caught.value))

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megachat.checkpoint.checksums import (
+    MARKER_FILE,
+    Checksums,
+    file_digest,
+    marker_content,
+)
 from megachat.checkpoint.reader import one_line, read_json
 from megachat.errors import CapacityError, CheckpointError, MegachatError
-
-MARKER_FILE = "megachat_export.json"
-"""Written last; lists every other file with its size, so that a partial copy is told apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +49,17 @@ class Draft:
             raise
         return draft
 
-    def finish(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    def finish(
+        self,
+        configs: Mapping[str, Mapping[str, Any]],
+        *,
+        tensors: Mapping[str, Mapping[str, str]],
+    ) -> None:
         """Writes the small files and the marker, and puts the folder in its place.
+
+        Args:
+            configs: Content of the small files by their names.
+            tensors: Digests of what the weight files hold, by file and name in it.
 
         Raises:
             CheckpointError: The disk refuses.
@@ -55,8 +67,11 @@ class Draft:
         with writing(self.target):
             for name, content in configs.items():
                 self._write_json(name, content)
-            sizes = {path.name: path.stat().st_size for path in sorted(self.path.iterdir())}
-            self._write_json(MARKER_FILE, {"format": 1, "files": sizes})
+            paths = sorted(self.path.iterdir())
+            small = {path.name: file_digest(path) for path in paths if path.name not in tensors}
+            sizes = {path.name: path.stat().st_size for path in paths}
+            checksums = Checksums(files=small, tensors=tensors)
+            self._write_json(MARKER_FILE, marker_content(sizes, checksums))
             if self.target.exists():
                 previous = self.path.with_suffix(".previous")
                 self.target.rename(previous)

@@ -11,11 +11,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megachat.checkpoint.checksums import check_file, with_digests
+from megachat.checkpoint.digests import covers, model_digest
 from megachat.checkpoint.draft import is_complete
 from megachat.checkpoint.load import execute_load
 from megachat.checkpoint.load_plan import plan_load
 from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, huggingface_shape
-from megachat.checkpoint.reader import CONFIG_FILE, StoredTensor, list_weights, read_json
+from megachat.checkpoint.reader import (
+    CONFIG_FILE,
+    SAFETENSORS_INDEX,
+    StoredTensor,
+    list_weights,
+    read_json,
+)
 from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, Head, OptConfig
@@ -54,6 +62,7 @@ def read_config(source: Path | str) -> OptConfig:
     if str(source) in OPT_MODELS:
         return OPT_MODELS[str(source)]
     path = Path(source) / CONFIG_FILE
+    check_file(path.parent, path.name)
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; known sizes are {', '.join(OPT_MODELS)}")
     try:
@@ -95,7 +104,7 @@ def load_together(
     *,
     missing_head: MissingHead = MissingHead.REFUSE,
     seed: int = 0,
-) -> None:
+) -> str | None:
     """Fills several models with the same weights, which are read once: a policy and its reference.
 
     Args:
@@ -103,6 +112,9 @@ def load_together(
         folder: As in `load_huggingface`, and so is the rest.
         missing_head: As there.
         seed: As there.
+
+    Returns:
+        On the first rank, `digests.model_digest` of the folder, where all of it was read.
 
     Raises:
         CheckpointError: As in `load_huggingface`.
@@ -125,10 +137,13 @@ def load_together(
         config=first.config,
         layout=first.groups.layout,
     )
-    execute_load(models, plan, folder)
+    digests = execute_load(models, plan, folder)
     if found.absent:
         for model in models:
             model.initialise(seed, names=sorted(found.absent))
+    if digests is None or not covers(digests, found.stored):
+        return None
+    return model_digest(found.config, digests)
 
 
 def check_folder(folder: Path, *, head: Head, missing_head: MissingHead) -> None:
@@ -147,6 +162,8 @@ def check_folder(folder: Path, *, head: Head, missing_head: MissingHead) -> None
 class _Contents:
     """What the first rank tells the others of a folder that is in order."""
 
+    config: OptConfig
+    """As the folder has it."""
     stored: Mapping[str, StoredTensor]
     """By canonical name."""
     absent: frozenset[str]
@@ -157,18 +174,19 @@ def _check_folder(
     config: OptConfig, specs: Sequence[TensorSpec], folder: Path, *, missing_head: MissingHead
 ) -> _Contents:
     """Reads the headers of a folder and compares them with what is needed."""
-    _check_architecture(config, folder)
-    stored = list_weights(folder)
+    found = read_config(folder)
+    _check_architecture(config, found, folder)
+    check_file(folder, SAFETENSORS_INDEX)
+    stored = with_digests(folder, list_weights(folder))
     absent: frozenset[str] = frozenset()
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
         absent = frozenset(spec.name for spec in specs if huggingface_names(spec) == (SCORE,))
     _check_tensors([spec for spec in specs if spec.name not in absent], stored, folder)
-    return _Contents(stored=stored, absent=absent)
+    return _Contents(config=found, stored=stored, absent=absent)
 
 
-def _check_architecture(config: OptConfig, folder: Path) -> None:
+def _check_architecture(config: OptConfig, found: OptConfig, folder: Path) -> None:
     """Compares what shapes alone do not tell (heads, place of the norms), and the rest too."""
-    found = read_config(folder)
     for name, here, there in (
         ("vocab_size", config.vocab_size, found.vocab_size),
         ("max_positions", config.max_positions, found.max_positions),

@@ -4,16 +4,17 @@ Between two exchanges the ranks wait in the job's store and in no collective, ho
 is. Each round ends alike for all ranks of a stage: they go by what its readers have posted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megachat.checkpoint.checksums import checked_digest
 from megachat.checkpoint.exchange import deliver, share_tied
 from megachat.checkpoint.load_plan import Batch, LoadPlan, ParameterRead, Round
-from megachat.checkpoint.names import place_part
+from megachat.checkpoint.names import canonical_name, place_part
 from megachat.checkpoint.reader import one_line, read_tensor
 from megachat.errors import CheckpointError, MegachatError
 from megachat.parallel.handover import Board
@@ -23,16 +24,23 @@ if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are look
     from megachat.model.opt import OptModel
 
 
-def execute_load(models: "Sequence[OptModel]", plan: LoadPlan, folder: Path) -> None:
+def execute_load(
+    models: "Sequence[OptModel]", plan: LoadPlan, folder: Path
+) -> Mapping[str, str] | None:
     """Fills models of one layout from one pass over a folder's files; a collective call.
+
+    What is read is held against its digests, where the folder has them.
 
     Args:
         models: Their shards on this rank.
         plan: Of the parameters to load; those that it leaves out keep their values.
         folder: The files, under this rank's path.
 
+    Returns:
+        On the first rank, the digest of each tensor that was read, by canonical name.
+
     Raises:
-        CheckpointError: On every rank, if any reader cannot read.
+        CheckpointError: On every rank, if any reader cannot read, or reads what was not written.
         LaunchError: A reader took longer than the limit of a handover.
     """
     board = Board(f"reading {folder}")
@@ -42,6 +50,7 @@ def execute_load(models: "Sequence[OptModel]", plan: LoadPlan, folder: Path) -> 
         loader.conclude(failure)
     for model in models:
         share_tied(model)
+    return loader.gather_digests() if models[0].groups.rank == 0 else None
 
 
 class _Loader:
@@ -64,6 +73,8 @@ class _Loader:
         self._specs = [{spec.name: spec for spec in model.global_specs()} for model in models]
         self._staged: dict[str, Tensor] = {}
         """What this rank has read and not sent on yet, by the parameter's name."""
+        self._digests: dict[str, str] = {}
+        """Of what this rank has read."""
 
     def run(self) -> MegachatError | None:
         """Goes through the rounds of this rank's stage; what ended them early."""
@@ -83,6 +94,8 @@ class _Loader:
     def conclude(self, failure: MegachatError | None) -> None:
         """Waits for the other stages; raises the failure of any."""
         self._staged.clear()
+        if self._here.tensor == 0:
+            self._board.tell(_digests_of(self._here.pipeline, self._here.data), self._digests)
         is_first = self._here.tensor == self._here.data == 0
         self._board.conclude(
             f"stage {self._here.pipeline}" if is_first else None,
@@ -91,6 +104,14 @@ class _Loader:
             meanwhile=self._show,
         )
         self._show()
+
+    def gather_digests(self) -> dict[str, str]:
+        """Digests of all tensors, from who read them; after `conclude`, on one rank."""
+        layout, gathered = self._plan.layout, dict[str, str]()
+        for stage in range(layout.pipeline):
+            for data in range(layout.data):
+                gathered |= self._board.hear(_digests_of(stage, data))
+        return gathered
 
     def _own_batch(self, round_: Round) -> Batch | None:
         if self._here.tensor:
@@ -107,7 +128,9 @@ class _Loader:
             return failure
         try:
             for part, read, number in batch.in_file_order():
-                self._stage(read, number, read_tensor(self._folder, part))
+                value = read_tensor(self._folder, part)
+                self._digests[canonical_name(part.name)] = checked_digest(self._folder, part, value)
+                self._stage(read, number, value)
         except MegachatError as error:
             return error
         except Exception as error:  # anything: an error that only this rank sees hangs the others
@@ -142,3 +165,7 @@ class _Loader:
         """Only where someone sees it: the others need not ask the store."""
         if self._progress.is_shown:
             self._progress.show(self._board.count_bytes())
+
+
+def _digests_of(stage: int, data: int) -> str:
+    return f"digests of stage {stage} reader {data}"

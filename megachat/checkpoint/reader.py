@@ -57,6 +57,8 @@ class StoredTensor:
     """In elements; a `.bin` file may hold a transposed tensor."""
     offset: int
     """Bytes from the start of the file to the first element."""
+    digest: str | None = None
+    """Of what was written there (`megachat.checkpoint.checksums`), where that is known."""
 
     @property
     def num_bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
+from megachat.checkpoint.digests import tensor_digest
 from megachat.checkpoint.reader import SAFETENSORS_DTYPES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -50,7 +51,7 @@ class SafetensorsFile:
         """
         self._path = path
         self._entries = tuple(entries)
-        self._written = 0
+        self._digests: dict[str, str] = {}
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -67,17 +68,23 @@ class SafetensorsFile:
         if self._file is not None:
             self._file.close()
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the tensors written so far, by name."""
+        return dict(self._digests)
+
     def append(self, name: str, value: Tensor) -> None:
         """Writes the next tensor, which lies on the CPU."""
-        expected = self._entries[self._written]
+        expected = self._entries[len(self._digests)]
         found = TensorEntry(name=name, dtype=value.dtype, shape=tuple(value.shape))
         assert found == expected, f"{self._path}: {found} in the place of {expected}"
-        self._opened().write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._written += 1
+        value = value.contiguous()
+        self._opened().write(value.view(-1).view(torch.uint8).numpy().data)
+        self._digests[name] = tensor_digest(value)
 
     def finish(self) -> None:
         """Closes a file that has all its tensors, when they are on the disk."""
-        file, missing = self._opened(), len(self._entries) - self._written
+        file, missing = self._opened(), len(self._entries) - len(self._digests)
         assert not missing, f"{self._path}: {missing} tensors were not written"
         file.flush()
         os.fsync(file.fileno())

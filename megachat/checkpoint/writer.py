@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megachat.checkpoint.draft import MARKER_FILE, Draft, is_complete, writing
+from megachat.checkpoint.checksums import MARKER_FILE
+from megachat.checkpoint.draft import Draft, is_complete, writing
 from megachat.checkpoint.exchange import collect
 from megachat.checkpoint.names import huggingface_names, huggingface_shape, take_part
 from megachat.checkpoint.reader import CONFIG_FILE, SAFETENSORS_INDEX
@@ -79,9 +80,10 @@ def save_huggingface(
             saver = _Saver(model, draft, kept, Board(f"writing {folder}"), progress)
             saver.run(tasks)
             saver.conclude()
+        digests = saver.gather_digests(tasks) if groups.rank == 0 else {}
         configs = {CONFIG_FILE: model.config.to_huggingface(head=model.head, dtype=kept)}
         configs |= _generation_config(model) | _index(files)
-        on_first_rank(partial(draft.finish, configs), task=f"finishing {folder}")
+        on_first_rank(partial(draft.finish, configs, tensors=digests), task=f"finishing {folder}")
     finally:
         if groups.rank == 0:
             draft.discard()
@@ -146,6 +148,10 @@ class _Saver:
         )
         self._show()
 
+    def gather_digests(self, tasks: Sequence[FileTask]) -> dict[str, Mapping[str, str]]:
+        """Digests of all tensors by file, from who wrote them; after `conclude`, on one rank."""
+        return {task.file.name: self._board.hear(_digests_of(task)) for task in tasks}
+
     def _write_file(self, task: FileTask) -> bool:
         """Writes a file; tells the ranks that help when a batch is wanted, or that none is.
 
@@ -162,6 +168,7 @@ class _Saver:
                 self._attempt(partial(self._append, file, self._collect(task, batch)))
                 self._show()
             self._attempt(file.finish)
+            self._board.tell(_digests_of(task), file.digests)
         return True
 
     def _help(self, task: FileTask) -> bool:
@@ -222,6 +229,10 @@ class _Saver:
 
 def _name(task: FileTask, batch: int) -> str:
     return f"{task.file.name} batch {batch}"
+
+
+def _digests_of(task: FileTask) -> str:
+    return f"digests of {task.file.name}"
 
 
 def _generation_config(model: "OptModel") -> dict[str, dict[str, Any]]:

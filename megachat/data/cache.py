@@ -8,6 +8,7 @@ the other ranks wait. Entries are never changed, only added.
 import glob
 import hashlib
 import json
+import re
 import shutil
 import socket
 import uuid
@@ -15,10 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megachat.digests import FileDigests
 from megachat.errors import DataError
 from megachat.locks import Purpose, held
 
-_BLOCK_BYTES = 1 << 22
+DIGESTS_FOLDER = "digests"
+"""In the cache: what is known of files by their content."""
+_READER_SUFFIX = re.compile(r"(\.\w+)?(\.gz)?$")
+"""The part of a name that decides how a file is read."""
 _WITHOUT_LOCKS = (
     "choose a data.cache_dir on another one (a disk of each node will do), or have this one "
     "mounted with locks"
@@ -41,6 +46,7 @@ class DataCache:
             DataError: The folder cannot be created.
         """
         self._folder = folder
+        self._digests = FileDigests(folder / DIGESTS_FOLDER)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -78,34 +84,23 @@ class DataCache:
         return entry
 
     def file_digest(self, path: Path) -> str:
-        """A hash of a file's content, remembered until the file changes.
+        """SHA-256 of a file's content, remembered until the file changes.
 
         Raises:
             DataError: The file cannot be read.
         """
         try:
-            stat = path.stat()
-            known = content_key(
-                {
-                    "path": str(path.resolve()),
-                    "stat": (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino),
-                }
-            )
-            note = self._folder / "digests" / known
-            if note.is_file() and (digest := note.read_text()):
-                return digest
-            digest = _hash_file(path)
-            note.parent.mkdir(exist_ok=True)
-            written = note.with_suffix(f".{uuid.uuid4().hex}")
-            written.write_text(digest)
-            written.replace(note)
+            return self._digests.of_file(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-        return digest
 
     def files_digest(self, paths: Sequence[Path]) -> str:
-        """A hash of several files' names and contents, in order."""
-        return content_key({"files": [(path.name, self.file_digest(path)) for path in paths]})
+        """A hash of several files' contents, in order, and of how they are read.
+
+        Names do not count but for their ends: the same rows are the same under another name.
+        """
+        files = [(_reader_suffix(path.name), self.file_digest(path)) for path in paths]
+        return content_key({"files": files})
 
     def _build(self, entry: Path, building: Path, build: Callable[[Path], None]) -> None:
         """Builds beside the entry and renames."""
@@ -122,9 +117,6 @@ class DataCache:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def _hash_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+def _reader_suffix(name: str) -> str:
+    found = _READER_SUFFIX.search(name)
+    return found.group().lower() if found else ""

@@ -43,6 +43,8 @@ class OpenSource:
     """`train` and, where the source holds out rows itself, `validation`."""
     fingerprint: str
     """Hash of the content."""
+    files: tuple[Path, ...]
+    """What is read of it."""
 
 
 def find_source(config: SourceConfig) -> Path | None:
@@ -118,6 +120,7 @@ def _open_installed(read: Callable[..., Iterator[RawRecord]], *, cache: DataCach
         fingerprint=content_key(
             {"files": cache.files_digest(chitchat.data_files()), "vader": chitchat.vader_version()}
         ),
+        files=tuple(chitchat.data_files()),
     )
 
 
@@ -188,6 +191,7 @@ def _from_files(files: Mapping[str, Sequence[Path]], *, cache: DataCache) -> Ope
         fingerprint=content_key(
             {name: cache.files_digest(list(paths)) for name, paths in files.items()}
         ),
+        files=tuple(path for paths in files.values() for path in paths),
     )
 
 
@@ -217,8 +221,8 @@ def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
     splits = _splits_of(loaded, name=name)
     if not all(dataset.cache_files for dataset in splits.values()):
         raise DataError(f"{name}: is held in memory: leave datasets.config.IN_MEMORY_MAX_SIZE 0")
-    digests = {
-        split: [cache.file_digest(Path(file["filename"])) for file in dataset.cache_files]
+    files = {
+        split: [Path(file["filename"]) for file in dataset.cache_files]
         for split, dataset in splits.items()
     }
     return OpenSource(
@@ -226,7 +230,10 @@ def _from_datasets(loaded: Any, *, name: str, cache: DataCache) -> OpenSource:
             split: partial(read_dataset, dataset, name=f"{name} [{split}]")
             for split, dataset in splits.items()
         },
-        fingerprint=content_key(digests),
+        fingerprint=content_key(
+            {split: [cache.file_digest(path) for path in paths] for split, paths in files.items()}
+        ),
+        files=tuple(path for paths in files.values() for path in paths),
     )
 
 

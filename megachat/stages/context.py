@@ -4,16 +4,19 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from megachat.data.cache import DIGESTS_FOLDER
 from megachat.data.config import Stage
+from megachat.digests import FileDigests, FilesState
 from megachat.errors import ConfigError
 from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import RoleSection, RunConfig
 from megachat.stages.results import MODEL_FOLDER, fingerprint
+from megachat.stages.settings import stage_settings
 from megachat.telemetry.timers import PhaseTimers
 
 if TYPE_CHECKING:  # they take seconds to import, and a dry run needs folders and layouts alone
@@ -32,7 +35,7 @@ STAGE_FOLDERS: Mapping[Stage, str] = {
     Stage.PROMPTS: "rlhf",
 }
 TOKENIZER_FOLDER = "tokenizer"
-TOKENIZER_RECORD = "tokenizer.fingerprint"
+TOKENIZER_RECORD = "tokenizer.made_from.json"
 """Beside the tokenizer's folder, written when that is complete: what it was made from."""
 
 
@@ -44,6 +47,7 @@ class RunContext:
     worker: Worker
     tokenizer: "Tokenizer"
     _groups: dict[ParallelLayout, "ProcessGroups"] = field(default_factory=dict)
+    _models: dict[Path, str] = field(default_factory=dict)
 
     def groups(self, role: RoleSection) -> "ProcessGroups":
         """The communicators of a role, created once per layout; a collective call."""
@@ -67,6 +71,22 @@ class RunContext:
         from megachat.telemetry.metrics import open_metrics
 
         return open_metrics(self.folder(stage), rank=self.worker.rank)
+
+    def note_model(self, folder: Path, digest: str, *, state: FilesState) -> None:
+        """Remembers which model was read from a folder, so that nobody reads it again to know.
+
+        Args:
+            folder: Of the model.
+            digest: What was read.
+            state: Of its files before they were read.
+        """
+        self._models[folder] = digest
+        known_digests(self.config).keep(state, digest)
+
+    @property
+    def models_read(self) -> Mapping[Path, str]:
+        """Digests of the models that were read in this run, on the first rank."""
+        return self._models
 
     def timers(self) -> PhaseTimers:
         """Phase timers that wait for this worker's device."""
@@ -94,36 +114,14 @@ def tokenizer_folder(config: RunConfig) -> Path:
     return config.run.output / TOKENIZER_FOLDER
 
 
-def tokenizer_fingerprint(config: RunConfig) -> str:
-    """Hash of everything that determines the run's tokenizer."""
-    section = config.tokenizer
-    if section.train is None:
-        return fingerprint({"path": section.path or config.models.actor.model})
-    data = config.data.model_dump(mode="json", exclude={"cache_dir"})
-    return fingerprint({"train": section.train.model_dump(mode="json"), "data": data})
+def known_digests(config: RunConfig) -> FileDigests:
+    """What this machine knows of the content of files."""
+    return FileDigests(config.data.cache_dir / DIGESTS_FOLDER)
 
 
 def stage_fingerprint(config: RunConfig, stage: Stage) -> str:
-    """Hash of everything that determines a stage's output: its own settings and its inputs'.
-
-    How the work is cut over processes and micro-batches, and who computes generation and
-    log-probabilities, do not count: they change rounding only.
-    """
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    for role in tree["models"].values():
-        for key in ("tensor", "pipeline", "sequence_parallel", "recompute", "micro_batch_rows"):
-            del role[key]
-    del tree["models"]["actor"]["logprob_backend"]
-    for key in ("generation", "generation_tensor", "memory", "logprob_tolerance"):
-        del tree["rlhf"][key]
-    del tree["data"]["cache_dir"]
-    parts = {key: tree[key] for key in ("tokenizer", "data")}
-    parts |= {"seed": tree["run"]["seed"], "actor": tree["models"]["actor"], "sft": tree["sft"]}
-    if stage is not Stage.SFT:
-        parts |= {"reward_role": tree["models"]["reward"], "reward": tree["reward"]}
-    if stage is Stage.PROMPTS:
-        parts |= {"rlhf": tree["rlhf"]}
-    return fingerprint(parts)
+    """Hash of the settings that determine a stage's output."""
+    return fingerprint(stage_settings(config, stage).values)
 
 
 def prepare_output(config: RunConfig) -> None:

@@ -73,7 +73,7 @@ class StageResult:
     """The outcome of a completed stage."""
 
     fingerprint: str
-    """Of the configuration that determined it."""
+    """Of the settings that determined it."""
     seconds: float
     metrics: dict[str, float | None]
     """Figures for the summary, by name; None where one does not exist."""
@@ -124,12 +124,11 @@ def write_result(folder: Path, result: StageResult) -> None:
     write_json(folder / RESULT_FILE, asdict(result))
 
 
-def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | None:
+def read_result(folder: Path) -> StageResult | None:
     """The result of a completed stage, or None where the stage has not completed.
 
     Raises:
         CheckpointError: The file is not a result.
-        ConfigError: The stage was completed under another configuration.
     """
     path = folder / RESULT_FILE
     if not path.is_file():
@@ -138,7 +137,7 @@ def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | Non
         values = json.loads(path.read_text(encoding="utf-8"))
         replies = [Reply(**reply) for reply in values.pop("replies")]
         reshard, memory = values.pop("reshard", None), values.pop("memory", None)
-        result = StageResult(
+        return StageResult(
             replies=replies,
             reshard=None if reshard is None else ReshardCost(**reshard),
             memory=None if memory is None else StageMemory(**memory),
@@ -148,9 +147,3 @@ def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | Non
         raise CheckpointError(
             f"{path}: not a stage result ({error}): delete the folder {folder} to run it again"
         ) from error
-    if result.fingerprint != expected_fingerprint:
-        raise ConfigError(
-            f"{folder}: completed under another configuration ({result.fingerprint}, now "
-            f"{expected_fingerprint}): choose another run.output or delete the folder"
-        )
-    return result

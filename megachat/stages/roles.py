@@ -1,8 +1,10 @@
 """The one place that turns a role's configuration into a model on this rank."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from megachat.checkpoint.content import weights_state
 from megachat.checkpoint.huggingface import MissingHead, load_together, read_config
 from megachat.errors import ConfigError
 from megachat.hub import local_folder
@@ -122,10 +124,16 @@ def load_models(
         )
         for each in options
     ]
-    load_together(
+    state = None
+    if context.worker.rank == 0:
+        with suppress(OSError):  # loading tells all ranks of it
+            state = weights_state(folder)
+    digest = load_together(
         models,
         folder,
         missing_head=missing_head,
         seed=seed_for(context.config.run.seed, "init", head),
     )
+    if state is not None and digest is not None:
+        context.note_model(folder, digest, state=state)
     return models

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from megachat.checkpoint.checksums import check_small_files
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError
+from megachat.hub import Content, local_folder
 from megachat.ops.backends import prepare
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.handover import on_first_rank
@@ -21,21 +23,31 @@ from megachat.stages.context import (
     TOKENIZER_RECORD,
     RunContext,
     stage_folder,
-    tokenizer_fingerprint,
     tokenizer_folder,
 )
 from megachat.stages.inputs import Input, inputs_of
+from megachat.stages.origin import (
+    ORIGIN_FILE,
+    InputContent,
+    Origin,
+    data_inputs,
+    model_inputs,
+    tokenizer_inputs,
+    write_origin,
+)
+from megachat.stages.output import LOGS_FOLDER, claimed_output, start_afresh
 from megachat.stages.results import (
+    RESULT_FILE,
     StageMemory,
     StageResult,
     write_json,
     write_result,
-    write_text,
 )
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
 from megachat.stages.rows import prepare_rows
 from megachat.stages.scope import StageScope, stage_scope
+from megachat.stages.settings import stage_settings, tokenizer_settings
 from megachat.stages.sft import run_sft
 from megachat.stages.shared import (
     Problem,
@@ -65,9 +77,15 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         stages: What to do, in order; stages before the first must be complete.
         command: The command line, for the report.
     """
+    with claimed_output(config):
+        _run_stages(worker, config, stages, command)
+
+
+def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], command: str) -> None:
+    """Runs stages in a folder that this run has for itself."""
     started = time.monotonic()
     check_output(worker, config)
-    set_up_logging(config.run.output / "logs", rank=worker.rank)
+    set_up_logging(config.run.output / LOGS_FOLDER, rank=worker.rank)
     done, inputs = on_first_rank(
         lambda: _open_run(config, stages), task="looking at what is complete"
     )
@@ -81,20 +99,29 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     )
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"
+        done = on_first_rank(lambda: completed_stages(config), task="looking at what is complete")
         if stage in done:
             logger.info("%s: complete in %s, skipped", title, stage_folder(config, stage))
             continue
+        data = on_first_rank(
+            partial(_start_stage, config, stage, title), task=f"starting stage '{stage}'"
+        )
         memory = PeakMemory(worker.device)
         with stage_scope(worker.device, synchronize=context.synchronize) as scope:
             result = _RUNNERS[stage](context, title, scope)
         peaks = all_gather_objects(memory.read())
         result = replace(result, memory=StageMemory.of_ranks(peaks))
         on_first_rank(
-            partial(write_result, context.folder(stage), result),
+            partial(_finish_stage, context, stage, data, result),
             task=f"writing the result of stage '{stage}'",
         )
     on_first_rank(
-        lambda: write_run_report(config, command=command, duration_s=time.monotonic() - started),
+        lambda: write_run_report(
+            config,
+            completed_stages(config),
+            command=command,
+            duration_s=time.monotonic() - started,
+        ),
         task="writing the report",
     )
     context.close()
@@ -134,17 +161,48 @@ def prepare_tokenizer(config: RunConfig) -> Tokenizer:
     return tokenizer
 
 
+def _start_stage(config: RunConfig, stage: Stage, title: str) -> dict[str, InputContent]:
+    """Makes a stage's folder ready for a new attempt; returns the data that this is made from.
+
+    They are looked at now, and not when the stage ends: what changes meanwhile is of no effect.
+    """
+    folder = stage_folder(config, stage)
+    if (folder / RESULT_FILE).is_file():
+        logger.info("%s: runs again, since its model or one that it is made from is another", title)
+    start_afresh(folder)
+    return data_inputs(config)
+
+
+def _finish_stage(
+    context: RunContext, stage: Stage, data: Mapping[str, InputContent], result: StageResult
+) -> None:
+    """Leaves what a stage was made from and, last of all, its result."""
+    config, folder = context.config, context.folder(stage)
+    models = model_inputs(config, stage, read=context.models_read)
+    settings = stage_settings(config, stage).values
+    write_origin(folder / ORIGIN_FILE, Origin(settings=settings, inputs={**data, **models}))
+    write_result(folder, result)
+
+
 def _make_tokenizer(config: RunConfig) -> str:
     """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
     folder = tokenizer_folder(config)
     if not has_tokenizer(config):
         section = config.tokenizer
+        inputs = tokenizer_inputs(config)
         if section.train is not None:
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
             train_sentencepiece(training_texts(config.data), section.train, folder)
         else:
-            Tokenizer.load(section.path or config.models.actor.model or "").save(folder)
-        write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
+            source = local_folder(
+                section.path or config.models.actor.model or "", Content.TOKENIZER
+            )
+            check_small_files(source)
+            Tokenizer.load(source).save(folder)
+        made = Tokenizer.load(folder).fingerprint
+        settings = tokenizer_settings(config).values
+        origin = Origin(settings=settings, inputs=inputs, made=made)
+        write_origin(config.run.output / TOKENIZER_RECORD, origin)
     return Tokenizer.load(folder).fingerprint
 
 

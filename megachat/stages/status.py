@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError, ConfigError
 from megachat.stages.config import RunConfig
-from megachat.stages.context import (
-    TOKENIZER_RECORD,
-    stage_fingerprint,
-    stage_folder,
-    tokenizer_fingerprint,
-    tokenizer_folder,
-)
+from megachat.stages.context import TOKENIZER_RECORD, stage_folder, tokenizer_folder
 from megachat.stages.inputs import describe_inputs, inputs_of
+from megachat.stages.origin import (
+    check_contents,
+    check_settings,
+    check_stage,
+    read_origin,
+    stages_before,
+    tokenizer_inputs,
+)
 from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
+from megachat.stages.settings import tokenizer_settings
 
 
 def describe_run(config: RunConfig) -> str:
@@ -30,34 +33,39 @@ def describe_run(config: RunConfig) -> str:
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there.
+    """The results of the stages whose outputs are all there and are what they would be now.
+
+    A stage that was made from another model than the stages before it have left is not complete:
+    it has to be run again. So is one whose earlier stages are to be run again, until their models
+    turn out to be the same.
 
     Raises:
-        CheckpointError: A result file is not one.
-        ConfigError: A stage, asked for or not, was completed under another configuration.
+        CheckpointError: A result or record is not one.
+        ConfigError: A stage, asked for or not, was completed under another configuration, or from
+            other data or another start model.
     """
     done: dict[Stage, StageResult] = {}
     for stage in Stage:
         folder = stage_folder(config, stage)
-        result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
+        result = read_result(folder)
         if result is None:
             continue
         from megachat.checkpoint.huggingface import is_complete  # seconds, where nothing is done
 
-        if is_complete(folder / MODEL_FOLDER):
+        is_current = check_stage(config, stage)
+        has_inputs = all(before in done for before in stages_before(config, stage))
+        if is_current and has_inputs and is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done
 
 
 def require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
-    """Checks that the stages before the first one to run have left their models.
+    """Checks that the stages whose models the first one reads have left them.
 
     Raises:
         CheckpointError: One of them has not.
     """
-    for stage in Stage:
-        if stage is first:
-            return
+    for stage in stages_before(config, first):
         if stage not in done:
             raise CheckpointError(
                 f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
@@ -69,14 +77,19 @@ def has_tokenizer(config: RunConfig) -> bool:
     """Whether the run folder holds the tokenizer of this configuration.
 
     Raises:
-        ConfigError: It holds that of another one.
+        ConfigError: It holds that of another one, or one that was changed since.
+        CheckpointError: The record of it is broken.
     """
-    folder, record = tokenizer_folder(config), config.run.output / TOKENIZER_RECORD
-    if not (folder / "tokenizer.json").is_file() or not record.is_file():
+    folder, recorded = tokenizer_folder(config), read_origin(config.run.output / TOKENIZER_RECORD)
+    if not (folder / "tokenizer.json").is_file() or recorded is None:
         return False
-    if record.read_text(encoding="utf-8") != tokenizer_fingerprint(config):
+    check_settings(folder, tokenizer_settings(config), recorded)
+    check_contents(folder, tokenizer_inputs(config), recorded)
+    from megachat.data.tokenizer import Tokenizer  # a second, which an empty folder can do without
+
+    if Tokenizer.load(folder).fingerprint != recorded.made:
         raise ConfigError(
-            f"{folder}: made under another configuration of tokenizer or data: choose another "
-            "run.output or delete the folder"
+            f"{folder}: not the tokenizer that this run made there: put that back, choose another "
+            "run.output, or delete the folder to make it anew"
         )
     return True

@@ -1,21 +1,19 @@
 """The one place that tells a person what a run did: closing summary and report."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megachat.data.config import Stage
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
     STAGE_FOLDERS,
     STAGE_TITLES,
-    stage_fingerprint,
     stage_folder,
 )
 from megachat.stages.results import (
     MODEL_FOLDER,
     StageMemory,
     StageResult,
-    read_result,
     write_text,
 )
 from megachat.telemetry.log import active_console
@@ -47,10 +45,10 @@ _CHARTS = (
 )
 
 
-def write_run_report(config: RunConfig, *, command: str, duration_s: float) -> None:
+def write_run_report(
+    config: RunConfig, done: Mapping[Stage, StageResult], *, command: str, duration_s: float
+) -> None:
     """Writes the report of all completed stages and shows the closing summary on the console."""
-    results = {stage: _result(config, stage) for stage in Stage}
-    done = {stage: result for stage, result in results.items() if result is not None}
     rlhf = done.get(Stage.PROMPTS)
     summary = RunSummary(
         title=config.run.title,
@@ -124,13 +122,7 @@ def _table_lines(table: Table) -> Iterator[str]:
         yield "  " + table.note
 
 
-def _result(config: RunConfig, stage: Stage) -> StageResult | None:
-    return read_result(
-        stage_folder(config, stage), expected_fingerprint=stage_fingerprint(config, stage)
-    )
-
-
-def _highlights(done: dict[Stage, StageResult]) -> Iterator[Highlight]:
+def _highlights(done: Mapping[Stage, StageResult]) -> Iterator[Highlight]:
     """The figures a reader should see first."""
     if Stage.SFT in done:
         values = done[Stage.SFT].metrics
@@ -165,7 +157,7 @@ def _highlights(done: dict[Stage, StageResult]) -> Iterator[Highlight]:
             )
 
 
-def _stage_table(done: dict[Stage, StageResult]) -> Table | None:
+def _stage_table(done: Mapping[Stage, StageResult]) -> Table | None:
     """What each stage took and reached."""
     if not done:
         return None

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megachat.errors import ConfigError
+from megachat.telemetry.attempts import set_aside
 
 FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 FILE_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -102,6 +103,18 @@ def set_up_logging(
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
+
+
+def start_log_files(folder: Path) -> None:
+    """Sets the log files of an earlier run aside; one process calls it before any rank logs there.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
+    try:
+        set_aside(folder, sorted(folder.glob("rank_*.log")))
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write log files here: {error.strerror}") from error
 
 
 def active_console() -> Console | None:

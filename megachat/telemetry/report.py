@@ -14,6 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megachat.errors import ConfigError
+from megachat.telemetry.attempts import is_set_aside
 from megachat.telemetry.charts import (
     Curve,
     Panel,
@@ -160,10 +161,14 @@ def write_report(folder: Path, summary: RunSummary) -> ReportFiles:
 
 
 def read_stages(folder: Path) -> dict[str, MetricsHistory]:
-    """The metrics of each stage of a run by folder name, in the order in which they began."""
+    """The metrics of each stage of a run by folder name, in the order in which they began.
+
+    Those of earlier attempts, which were set aside, do not count.
+    """
     found = {
         str(path.parent.relative_to(folder)): read_metrics(path.parent)
         for path in sorted(folder.rglob(METRICS_FILE))
+        if not is_set_aside(path, below=folder)
     }
     began = {stage: history.rows[0].time for stage, history in found.items() if history.rows}
     return {stage: found[stage] for stage in sorted(began, key=lambda stage: began[stage])}

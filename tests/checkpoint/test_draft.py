@@ -12,7 +12,7 @@ def _finished(target: Path, text: str) -> Draft:
     draft = Draft.start(target, needed=0, extra_files={"extra.txt": source})
     (draft.path / "weights").write_text(text)
     assert not (target / MARKER_FILE).exists() or not (target / "weights").read_text() == text
-    draft.finish({"config.json": {"text": text}})
+    draft.finish({"config.json": {"text": text}}, tensors={})
     source.unlink()
     return draft
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.conventions.source import SourceFile, assert_none, imports_of, project_files, snippet
 
-FOUNDATION = frozenset({"errors", "config", "records", "telemetry", "hub", "locks"})
+FOUNDATION = frozenset({"errors", "config", "records", "telemetry", "hub", "locks", "digests"})
 
 DIRECT: Mapping[str, frozenset[str]] = {
     "": frozenset(),
@@ -15,6 +15,7 @@ DIRECT: Mapping[str, frozenset[str]] = {
     "records": frozenset({"errors"}),
     "hub": frozenset({"errors", "locks"}),
     "locks": frozenset({"errors"}),
+    "digests": frozenset(),
     "telemetry": frozenset({"errors", "config"}),
     "parallel": FOUNDATION,
     # Operators over a sharded vocabulary reduce over the tensor group, and collectives have one

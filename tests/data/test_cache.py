@@ -147,12 +147,19 @@ def test_file_digest_follows_the_content(tmp_path: Path) -> None:
     assert cache.file_digest(path) != first
 
 
-def test_digest_of_files_depends_on_names_and_order(tmp_path: Path) -> None:
+def test_digest_of_files_depends_on_content_order_and_the_way_they_are_read(tmp_path: Path) -> None:
     cache = DataCache(tmp_path / "cache")
-    for name in ("a", "b"):
-        (tmp_path / name).write_text(name)
-    one, two = tmp_path / "a", tmp_path / "b"
+
+    def write(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    one, two = write("a.jsonl", "one"), write("b.jsonl", "two")
     assert cache.files_digest([one, two]) != cache.files_digest([two, one])
+    assert cache.files_digest([one]) == cache.files_digest([write("v1.other.jsonl", "one")])
+    ends = ("a.json", "a", "a.jsonl.gz", "a.json.gz")
+    digests = {cache.files_digest([write(name, "one")]) for name in ends}
+    assert len(digests | {cache.files_digest([one])}) == 1 + len(ends)
 
 
 def test_unreadable_places_are_one_line(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ RESULT = StageResult(
 
 
 def test_a_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    assert read_result(tmp_path, expected_fingerprint="abc") is None
+    assert read_result(tmp_path) is None
     write_result(tmp_path, RESULT)
-    assert read_result(tmp_path, expected_fingerprint="abc") == RESULT
+    assert read_result(tmp_path) == RESULT
     assert [path.name for path in tmp_path.iterdir()] == [RESULT_FILE]
 
 
@@ -50,7 +50,7 @@ def test_a_figure_that_does_not_exist_is_null_and_comes_back(tmp_path: Path) -> 
     result = StageResult(fingerprint="a", seconds=0.0, metrics={"x": None, "y": 1.0})
     write_result(tmp_path, result)
     assert json.loads((tmp_path / RESULT_FILE).read_text())["metrics"] == {"x": None, "y": 1.0}
-    assert read_result(tmp_path, expected_fingerprint="a") == result
+    assert read_result(tmp_path) == result
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -88,18 +88,10 @@ def test_what_is_no_number_is_never_written(value: float, tmp_path: Path) -> Non
 def test_a_corrupt_result_is_refused_with_what_to_do(text: str, tmp_path: Path) -> None:
     (tmp_path / RESULT_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError) as caught:
-        read_result(tmp_path, expected_fingerprint="abc")
+        read_result(tmp_path)
     message = str(caught.value)
     assert RESULT_FILE in message and f"delete the folder {tmp_path}" in message
     assert "\n" not in message
-
-
-def test_the_result_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    write_result(tmp_path, RESULT)
-    with pytest.raises(
-        ConfigError, match=r"another configuration \(abc, now xyz\): choose another"
-    ):
-        read_result(tmp_path, expected_fingerprint="xyz")
 
 
 def test_a_write_that_fails_leaves_the_old_file(
@@ -138,7 +130,7 @@ def test_a_result_of_an_older_version_without_memory_is_a_completed_stage(tmp_pa
     values = json.loads((tmp_path / RESULT_FILE).read_text(encoding="utf-8"))
     del values["memory"]
     (tmp_path / RESULT_FILE).write_text(json.dumps(values), encoding="utf-8")
-    found = read_result(tmp_path, expected_fingerprint="abc")
+    found = read_result(tmp_path)
     assert found is not None and found.memory is None and found.metrics == RESULT.metrics
 
 

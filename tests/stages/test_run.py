@@ -1,5 +1,6 @@
 """The run as a whole: what is skipped, what is done again, and what is refused up front."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ from megachat.data.config import Stage
 from megachat.errors import CheckpointError, MegachatError
 from megachat.stages.config import RunConfig
 from megachat.stages.context import TOKENIZER_RECORD, stage_folder, tokenizer_folder
+from megachat.stages.origin import ORIGIN_FILE
 from megachat.stages.results import RESULT_FILE
 from megachat.stages.status import completed_stages, describe_run
+from megachat.telemetry.metrics import METRICS_FILE
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 
@@ -89,7 +92,9 @@ def test_a_changed_configuration_is_refused_before_anything_is_written(
     assert refusal is not None
     kind, message = refusal
     assert kind == "ConfigError" and "\n" not in message
-    assert f"{copy.run.output / stage}: completed under another configuration" in message
+    key, value = override.split("=")
+    assert f"{copy.run.output / stage}: completed under another configuration: {key} was" in message
+    assert f", is {value}: " in message
     assert _state(copy.run.output) == before
 
 
@@ -128,9 +133,88 @@ def test_a_stage_whose_input_is_missing_is_refused(
 def test_a_stage_counts_as_done_only_with_its_whole_model(copy: RunConfig) -> None:
     weights = stage_folder(copy, Stage.REWARD) / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert set(completed_stages(copy)) == {Stage.SFT, Stage.PROMPTS}
+    assert set(completed_stages(copy)) == {Stage.SFT}  # and no stage without those before it
     (stage_folder(copy, Stage.SFT) / RESULT_FILE).unlink()
-    assert set(completed_stages(copy)) == {Stage.PROMPTS}
+    assert completed_stages(copy) == {}
+
+
+def test_a_stage_done_again_to_the_same_model_leaves_the_later_ones_complete(
+    copy: RunConfig, finished_folder: Path
+) -> None:
+    (stage_folder(copy, Stage.SFT) / RESULT_FILE).unlink()
+    before = _state(copy.run.output)
+    assert _run(copy, finished_folder, stages=list(Stage)) is None
+    after = _state(copy.run.output)
+    assert after["sft/model/model.safetensors"] != before["sft/model/model.safetensors"]
+    later = [name for name in after if name.startswith(("reward/", "rlhf/"))]
+    assert later and all(after[name] == before[name] for name in later)
+    assert set(completed_stages(copy)) == set(Stage)
+
+
+def test_a_stage_done_again_to_another_model_takes_the_later_ones_along(
+    copy: RunConfig, finished_folder: Path
+) -> None:
+    """Those that are asked for run again; those that are not leave the report."""
+    shutil.rmtree(stage_folder(copy, Stage.SFT))
+    change = ["sft.max_steps=1", f"run.output={copy.run.output}"]
+    stages = [Stage.SFT, Stage.REWARD]
+    assert _run(copy, finished_folder, change[0], stages=stages) is None
+    assert set(completed_stages(tiny_run.config(finished_folder, change))) == set(stages)
+    log = (copy.run.output / "logs" / "rank_000.log").read_text(encoding="utf-8")
+    assert "[2/2] Reward model: runs again" in log
+    earlier = stage_folder(copy, Stage.REWARD) / "attempts" / "1"
+    assert {RESULT_FILE, ORIGIN_FILE, METRICS_FILE} <= {path.name for path in earlier.iterdir()}
+    summary = (copy.run.output / "summary.txt").read_text(encoding="utf-8")
+    assert "Reward model" in summary and "after PPO" not in summary
+
+
+def test_the_same_rows_under_another_path_are_the_same_run(
+    copy: RunConfig, finished_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(finished_folder / "rows.jsonl", tmp_path / "rows.jsonl")
+    config = tiny_run.config(tmp_path, [f"run.output={copy.run.output}"])
+    assert config.data.sources != copy.data.sources
+    assert set(completed_stages(config)) == set(Stage)
+
+
+def test_changed_rows_under_the_same_path_are_refused_by_file(
+    copy: RunConfig, finished_folder: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    text = (finished_folder / "rows.jsonl").read_text()
+    rows.write_text(text.replace("love", "like", 1))
+    before = _state(copy.run.output)
+    refusal = _run(copy, tmp_path, stages=list(Stage))
+    assert refusal is not None and refusal[0] == "ConfigError" and "\n" not in refusal[1]
+    old, new = (hashlib.sha256(each.encode()).hexdigest() for each in (text, rows.read_text()))
+    assert (
+        f"{copy.run.output / 'sft'}: made from other files: data.sources.0 {rows} had"
+        in (refusal[1])
+    )
+    assert f"sha256 {old[:12]}" in refusal[1] and f"now {new[:12]}" in refusal[1]
+    assert _state(copy.run.output) == before
+    rows.unlink()  # nothing to compare with, and nothing that needs it
+    config = tiny_run.config(tmp_path, [f"run.output={copy.run.output}"])
+    assert set(completed_stages(config)) == set(Stage)
+
+
+def test_a_run_of_a_version_without_records_is_one_line(
+    copy: RunConfig, finished_folder: Path
+) -> None:
+    (stage_folder(copy, Stage.SFT) / ORIGIN_FILE).unlink()
+    refusal = _run(copy, finished_folder, stages=list(Stage))
+    assert refusal is not None and refusal[0] == "ConfigError" and "\n" not in refusal[1]
+    assert "completed by a version of megachat that kept no record" in refusal[1]
+
+
+def test_a_tokenizer_that_was_changed_is_refused(copy: RunConfig, finished_folder: Path) -> None:
+    for stage in Stage:
+        shutil.rmtree(stage_folder(copy, stage))
+    file = tokenizer_folder(copy) / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<human>"', '"<woman>"'))
+    refusal = _run(copy, finished_folder, stages=[Stage.SFT])
+    assert refusal is not None and refusal[0] == "ConfigError"
+    assert f"{tokenizer_folder(copy)}: not the tokenizer that this run made there" in refusal[1]
 
 
 def test_a_corrupt_result_is_refused(copy: RunConfig, finished_folder: Path) -> None:
@@ -164,7 +248,8 @@ def test_a_tokenizer_of_another_configuration_is_refused(
     assert refusal is not None
     kind, message = refusal
     assert kind == "ConfigError" and "\n" not in message
-    assert f"{tokenizer_folder(copy)}: made under another configuration" in message
+    assert f"{tokenizer_folder(copy)}: completed under another configuration" in message
+    assert "tokenizer.train.vocab_size was 134, is 133: " in message
     assert {**before, "config.json": 0} == {**_state(copy.run.output), "config.json": 0}
     shutil.rmtree(tokenizer_folder(copy))
     assert _run(copy, finished_folder, change, "sft.max_steps=1", stages=[Stage.SFT]) is None

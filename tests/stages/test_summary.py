@@ -79,7 +79,9 @@ TRUTH = {
 
 def _report(config: RunConfig) -> tuple[str, str]:
     """(closing summary, report) of what lies in the run folder."""
-    write_run_report(config, command="megachat train --config x.toml", duration_s=321.0)
+    found = {stage: read_result(stage_folder(config, stage)) for stage in Stage}
+    done = {stage: result for stage, result in found.items() if result is not None}
+    write_run_report(config, done, command="megachat train --config x.toml", duration_s=321.0)
     return tuple(
         (config.run.output / name).read_text(encoding="utf-8")
         for name in ("summary.txt", "report.html")
@@ -213,8 +215,6 @@ def test_the_peak_memory_of_a_rank_is_told_for_each_stage(tmp_path: Path) -> Non
 
 def test_a_finished_run_has_measured_the_memory_of_its_stages(finished: RunConfig) -> None:
     for stage in Stage:
-        result = read_result(
-            stage_folder(finished, stage), expected_fingerprint=stage_fingerprint(finished, stage)
-        )
+        result = read_result(stage_folder(finished, stage))
         assert result is not None and result.memory is not None
         assert 50e6 < result.memory.least_bytes <= result.memory.most_bytes < 50e9

@@ -16,7 +16,13 @@ from megachat.checkpoint.digests import covers, model_digest
 from megachat.checkpoint.draft import is_complete
 from megachat.checkpoint.load import execute_load
 from megachat.checkpoint.load_plan import plan_load
-from megachat.checkpoint.names import IGNORED, SCORE, huggingface_names, huggingface_shape
+from megachat.checkpoint.names import (
+    IGNORED,
+    OUTPUT,
+    SCORE,
+    huggingface_names,
+    huggingface_shape,
+)
 from megachat.checkpoint.reader import (
     CONFIG_FILE,
     SAFETENSORS_INDEX,
@@ -27,7 +33,7 @@ from megachat.checkpoint.reader import (
 from megachat.checkpoint.writer import save_huggingface
 from megachat.errors import CheckpointError, ConfigError
 from megachat.model.config import OPT_MODELS, Head, OptConfig
-from megachat.model.specs import TensorSpec, parameter_specs
+from megachat.model.specs import WORD_EMBEDDING, TensorSpec, parameter_specs
 from megachat.parallel.handover import on_first_rank
 
 if TYPE_CHECKING:  # megatron-core takes seconds to import, and folders are looked at without it
@@ -90,8 +96,9 @@ def load_huggingface(
         seed: Of the head's random start, where it is absent.
 
     Raises:
-        CheckpointError: On every rank: the folder is unreadable, corrupt, incomplete, or holds
-            another architecture; names the file, the tensor and both shapes.
+        CheckpointError: On every rank: the folder is unreadable, corrupt, incomplete, holds another
+            architecture, a weight that is NaN or infinite, or an output of its own; names the file,
+            the tensor and both shapes.
         ConfigError: config.json describes a variant that megachat does not implement.
         LaunchError: The disk took longer than `HANDOVER_LIMIT` for a batch of weights.
     """
@@ -128,7 +135,9 @@ def load_together(
     specs = first.global_specs()
 
     def check() -> _Contents:
-        return _check_folder(first.config, specs, folder, missing_head=missing_head)
+        return _check_folder(
+            first.config, specs, folder, head=first.head, missing_head=missing_head
+        )
 
     found = on_first_rank(check, task=f"checking {folder}")
     plan = plan_load(
@@ -136,6 +145,7 @@ def load_together(
         found.stored,
         config=first.config,
         layout=first.groups.layout,
+        twins=found.twins,
     )
     digests = execute_load(models, plan, folder)
     if found.absent:
@@ -155,7 +165,7 @@ def check_folder(folder: Path, *, head: Head, missing_head: MissingHead) -> None
     """
     config = read_config(folder)
     specs = parameter_specs(config, tensor=1, head=head)
-    _check_folder(config, specs, folder, missing_head=missing_head)
+    _check_folder(config, specs, folder, head=head, missing_head=missing_head)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,10 +178,17 @@ class _Contents:
     """By canonical name."""
     absent: frozenset[str]
     """Parameters that start at random."""
+    twins: Mapping[str, StoredTensor]
+    """Tensors that must equal a parameter, by its name."""
 
 
 def _check_folder(
-    config: OptConfig, specs: Sequence[TensorSpec], folder: Path, *, missing_head: MissingHead
+    config: OptConfig,
+    specs: Sequence[TensorSpec],
+    folder: Path,
+    *,
+    head: Head,
+    missing_head: MissingHead,
 ) -> _Contents:
     """Reads the headers of a folder and compares them with what is needed."""
     found = read_config(folder)
@@ -182,7 +199,12 @@ def _check_folder(
     if missing_head is MissingHead.INITIALISE and SCORE not in stored:
         absent = frozenset(spec.name for spec in specs if huggingface_names(spec) == (SCORE,))
     _check_tensors([spec for spec in specs if spec.name not in absent], stored, folder)
-    return _Contents(config=found, stored=stored, absent=absent)
+    twins = {}
+    if head is Head.LANGUAGE_MODEL and OUTPUT in stored:
+        words = next(spec for spec in specs if spec.name == WORD_EMBEDDING)
+        _check_tensor(stored[OUTPUT], folder, shape=huggingface_shape(words))
+        twins[words.name] = stored[OUTPUT]
+    return _Contents(config=found, stored=stored, absent=absent, twins=twins)
 
 
 def _check_architecture(config: OptConfig, found: OptConfig, folder: Path) -> None:
@@ -214,21 +236,25 @@ def _check_tensors(
             f"{folder}: {missing[0]} is missing ({len(missing)} of {len(expected)} tensors are)"
         )
     for name, shape in expected.items():
-        tensor = stored[name]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{folder / tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but the "
-                f"model needs {list(shape)}"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{folder / tensor.file}: {tensor.name} holds {tensor.dtype}: expected "
-                "floating-point numbers"
-            )
+        _check_tensor(stored[name], folder, shape=shape)
     surplus = [name for name in stored if name not in expected and name not in IGNORED]
     if surplus:
         first = stored[surplus[0]]
         raise CheckpointError(
             f"{folder / first.file}: {first.name} is no tensor of this model "
             f"({len(surplus)} such tensors): not a plain OPT checkpoint"
+        )
+
+
+def _check_tensor(tensor: StoredTensor, folder: Path, *, shape: tuple[int, ...]) -> None:
+    """Checks what the header says of one tensor."""
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{folder / tensor.file}: {tensor.name} has shape {list(tensor.shape)}, but the model "
+            f"needs {list(shape)}"
+        )
+    if not tensor.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{folder / tensor.file}: {tensor.name} holds {tensor.dtype}: expected floating-point "
+            "numbers"
         )

@@ -15,8 +15,9 @@ from megachat.checkpoint.checksums import checked_digest
 from megachat.checkpoint.exchange import deliver, share_tied
 from megachat.checkpoint.load_plan import Batch, LoadPlan, ParameterRead, Round
 from megachat.checkpoint.names import canonical_name, place_part
-from megachat.checkpoint.reader import one_line, read_tensor
+from megachat.checkpoint.reader import StoredTensor, one_line, read_rows, read_tensor
 from megachat.errors import CheckpointError, MegachatError
+from megachat.ops.finite import all_finite
 from megachat.parallel.handover import Board
 from megachat.telemetry.transfer import TransferProgress
 
@@ -130,6 +131,9 @@ class _Loader:
             for part, read, number in batch.in_file_order():
                 value = read_tensor(self._folder, part)
                 self._digests[canonical_name(part.name)] = checked_digest(self._folder, part, value)
+                self._check(part, value)
+                if read.twin is not None:
+                    self._compare(read.twin, part, value)
                 self._stage(read, number, value)
         except MegachatError as error:
             return error
@@ -139,6 +143,39 @@ class _Loader:
             return failure
         self._board.count_bytes(batch.read_bytes)
         return None
+
+    def _check(self, part: StoredTensor, value: Tensor) -> None:
+        """Refuses weights that are no finite numbers.
+
+        Raises:
+            CheckpointError: One is not; names the file and the tensor.
+        """
+        if not all_finite(value):
+            bad = int((~value.float().isfinite()).sum())
+            raise CheckpointError(
+                f"{self._folder / part.file}: {part.name} holds NaN or infinity ({bad} of "
+                f"{value.numel()} numbers): start from another checkpoint"
+            )
+
+    def _compare(self, twin: StoredTensor, part: StoredTensor, value: Tensor) -> None:
+        """Refuses a tensor that differs from the one that is used in its place.
+
+        Raises:
+            CheckpointError: It does; names the file and both tensors.
+        """
+        if (twin.file, twin.offset, twin.strides) == (part.file, part.offset, part.strides):
+            return  # two names of the same bytes
+        first = 0
+        for rows in read_rows(self._folder, twin):
+            differs = (rows.double() != value[first : first + len(rows)].double()).any(dim=1)
+            if bool(differs.any()):
+                row = first + int(differs.nonzero()[0])
+                raise CheckpointError(
+                    f"{self._folder / twin.file}: {twin.name} differs from {part.name} in row "
+                    f"{row}: megachat implements OPT whose output is tied to its embedding: tie "
+                    "them and save the model again"
+                )
+            first += len(rows)
 
     def _stage(self, read: ParameterRead, number: int, value: Tensor) -> None:
         """Keeps a tensor; parts of a fused parameter go to their places in the whole."""

@@ -27,6 +27,8 @@ class ParameterRead:
     spec: TensorSpec
     parts: tuple[StoredTensor, ...]
     """Query, key and value for a fused parameter, else one tensor."""
+    twin: StoredTensor | None = None
+    """Must hold the same numbers: an output that is stored beside the embedding it is tied to."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,7 +38,8 @@ class ParameterRead:
     @property
     def read_bytes(self) -> int:
         """Bytes that come from the disk."""
-        return sum(part.num_bytes for part in self.parts)
+        twin = 0 if self.twin is None else self.twin.num_bytes
+        return sum(part.num_bytes for part in self.parts) + twin
 
     @property
     def kept_bytes(self) -> int:
@@ -98,6 +101,7 @@ def plan_load(
     *,
     config: OptConfig,
     layout: ParallelLayout,
+    twins: Mapping[str, StoredTensor] | None = None,
 ) -> LoadPlan:
     """Spreads the reading of parameters over the ranks of a layout.
 
@@ -111,9 +115,15 @@ def plan_load(
         stored: The folder's tensors by canonical name, each parameter's among them.
         config: The architecture.
         layout: Who needs the parameters.
+        twins: Tensors to compare with parameters, by the parameter's name. Who reads the one reads
+            the other, piece by piece.
     """
     reads = [
-        ParameterRead(spec=spec, parts=tuple(stored[name] for name in huggingface_names(spec)))
+        ParameterRead(
+            spec=spec,
+            parts=tuple(stored[name] for name in huggingface_names(spec)),
+            twin=(twins or {}).get(spec.name),
+        )
         for spec in specs
     ]
     limit = max((read.kept_bytes for read in reads), default=0)

@@ -7,7 +7,10 @@ from megachat.model.specs import TensorSpec
 SCORE = "score.weight"
 """The scalar head of `OPTForSequenceClassification`."""
 
-IGNORED = frozenset({"lm_head.weight", SCORE, "model.decoder.version"})
+OUTPUT = "lm_head.weight"
+"""What a language model's output is called where it is stored beside the embedding."""
+
+IGNORED = frozenset({OUTPUT, SCORE, "model.decoder.version"})
 """Names a file may hold that a model may not need: the tied output, another head, a format mark."""
 
 _PREFIX = "model."

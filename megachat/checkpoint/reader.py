@@ -1,4 +1,4 @@
-"""Opens HuggingFace weight files, which may come from anywhere: lists tensors, reads whole ones.
+"""Opens HuggingFace weight files, which may come from anywhere: lists and reads tensors.
 
 Nothing in a file is executed: `.bin` files are listed with torch's weights-only loader, and an
 index may name files of its own folder only. Listing reads headers. A tensor is then read at once,
@@ -7,7 +7,8 @@ from its first byte to its last: a parallel file system serves that, and not sin
 
 import json
 import pickle
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -41,6 +42,10 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """Names of dtypes in a safetensors header."""
+
+
+_PIECE_BYTES = 2**24
+"""Size of the pieces of a tensor that is not kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +95,25 @@ def read_tensor(folder: Path, stored: StoredTensor) -> Tensor:
             "it again"
         )
     return raw.view(stored.dtype).as_strided(stored.shape, stored.strides)
+
+
+def read_rows(folder: Path, stored: StoredTensor) -> Iterator[Tensor]:
+    """Reads a tensor in pieces of consecutive rows that together are the whole.
+
+    A tensor that does not lie row after row comes in one piece.
+
+    Raises:
+        CheckpointError: As `read_tensor`.
+    """
+    if not stored.shape or stored.strides != _contiguous_strides(list(stored.shape)):
+        yield read_tensor(folder, stored)
+        return
+    rows, row_bytes = stored.shape[0], stored.strides[0] * stored.dtype.itemsize
+    step = max(1, _PIECE_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        shape = (min(step, rows - start), *stored.shape[1:])
+        piece = replace(stored, shape=shape, offset=stored.offset + start * row_bytes)
+        yield read_tensor(folder, piece)
 
 
 def read_into(file: BinaryIO, target: memoryview) -> int:

@@ -1,6 +1,7 @@
 """HuggingFace folders of tiny models, written with HuggingFace's own libraries."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,11 +28,15 @@ def write_config(config: OptConfig, folder: Path, head: Head = Head.LANGUAGE_MOD
 
 
 def write_folder(
-    config: OptConfig, folder: Path, kind: str = "safetensors", head: Head = Head.LANGUAGE_MODEL
+    config: OptConfig,
+    folder: Path,
+    kind: str = "safetensors",
+    head: Head = Head.LANGUAGE_MODEL,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """A whole model folder of one kind."""
+    """A whole model folder of one kind, some tensors replaced or added."""
     write_config(config, folder, head)
-    tensors = state(config, head)
+    tensors = {**state(config, head), **(changes or {})}
     if kind == "safetensors":
         save_file(tensors, folder / "model.safetensors")
     elif kind == "bin":

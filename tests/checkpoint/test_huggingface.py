@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megachat.checkpoint import MissingHead, load_huggingface, read_config
-from megachat.checkpoint.writer import save_huggingface
-from megachat.errors import CheckpointError, ConfigError, MegachatError
+from megachat.checkpoint.writer import is_complete, save_huggingface
+from megachat.errors import CheckpointError, ConfigError, DivergenceError, MegachatError
 from megachat.model import OPT_MODELS, Head, OptConfig
 from megachat.parallel.layout import ParallelLayout
 from tests.checkpoint import folders
@@ -106,6 +106,7 @@ def _set_config(folder: Path, **values: Any) -> None:
 
 FC2 = "model.decoder.layers.3.fc2.weight"
 WORDS = "model.decoder.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
 
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[MegachatError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), CheckpointError, "config.json: missing"),
@@ -169,6 +170,21 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], type[MegachatError], str]
         CheckpointError,
         f"{FC2} holds torch.int32",
     ),
+    "output of its own in the config": (
+        lambda f: _set_config(f, tie_word_embeddings=False),
+        ConfigError,
+        "tie_word_embeddings is False",
+    ),
+    "output of another shape": (
+        lambda f: _rewrite(f, lambda s: s.update({OUTPUT: s[WORDS][:130].clone()})),
+        CheckpointError,
+        rf"{OUTPUT} has shape \[130, 32\], but the model needs \[131, 32\]",
+    ),
+    "no number in the config": (
+        lambda f: _set_config(f, init_std=float("nan")),
+        ConfigError,
+        "init_std is nan: expected a number",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, "no weights"),
 }
 
@@ -225,3 +241,103 @@ def test_weights_survive_a_way_over_two_layouts(tmp_path: Path, name: str) -> No
     expected, found = folders.state(CONFIGS[name]), folders.read_folder(tmp_path / "model++")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def _outcomes(root: Path, names: Sequence[str], head: Head) -> dict[str, str]:
+    """The errors of loading each folder; "" where it was loaded with the right weights."""
+    found = {}
+    weights = ref.by_spec_name(folders.state(ref.PRE_LN), ref.PRE_LN)
+    model = ref.build_model(ref.PRE_LN, ParallelLayout.for_world(2, pipeline=2), head=head)
+    for name in names:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        try:
+            load_huggingface(model, root / name, missing_head=MissingHead.INITIALISE)
+        except CheckpointError as error:
+            found[name] = str(error)
+            continue
+        specs = model.local_specs()
+        found[name] = " ".join(
+            parameter_name
+            for parameter_name, parameter in model.named_parameters()
+            if specs[parameter_name].name != "head.score.weight"
+            and not torch.equal(
+                parameter, ref.own_part(model, parameter_name, weights[specs[parameter_name].name])
+            )
+        )
+    return found
+
+
+def test_an_output_of_its_own_is_refused_in_every_kind_of_folder_and_equal_ones_are_not(
+    tmp_path: Path,
+) -> None:
+    """The last number of the last row differs; a scalar head has no use for an output."""
+    words = folders.state(ref.PRE_LN)[WORDS]
+    other = words.clone()
+    other[-1, -1] += 1e-6
+    assert not torch.equal(other, words)
+    outputs = {"equal": words, "wider": words.double(), "other": other}
+    names = []
+    for kind in folders.KINDS:
+        for what, output in outputs.items():
+            names.append(f"{kind} {what}")
+            changes = {OUTPUT: output}
+            folders.write_folder(ref.PRE_LN, tmp_path / names[-1], kind, changes=changes)
+    for what, output in {"equal": words, "other": other}.items():
+        names.append(f"transposed {what}")  # columns lie together, and so do rows of nothing
+        state = {**folders.state(ref.PRE_LN), OUTPUT: output.t().contiguous().t()}
+        folders.write_folder(ref.PRE_LN, tmp_path / names[-1], "bin")
+        torch.save(state, tmp_path / names[-1] / "pytorch_model.bin")
+    names.append("one storage")
+    folders.write_folder(ref.PRE_LN, tmp_path / names[-1], "bin")
+    state = folders.state(ref.PRE_LN)
+    torch.save({**state, OUTPUT: state[WORDS]}, tmp_path / names[-1] / "pytorch_model.bin")
+    first, last = run_ranks(2, _outcomes, tmp_path, names, Head.LANGUAGE_MODEL)
+    assert first == last
+    for name, outcome in first.items():
+        if name.endswith("other"):
+            words_name = WORDS.removeprefix("model.") if "prefix" in name else WORDS
+            expected = f": {OUTPUT} differs from {words_name} in row 130: megachat implements OPT"
+            assert expected in outcome, outcome
+            assert str(tmp_path / name) in outcome and "\n" not in outcome
+        else:
+            assert outcome == "", name
+    refused = [name for name in names if name.endswith("other")]
+    assert set(run_ranks(2, _outcomes, tmp_path, refused, Head.SCALAR)[1].values()) == {""}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_no_number_is_refused_with_file_and_tensor(
+    value: float, tmp_path: Path
+) -> None:
+    for kind in folders.KINDS:
+        tensor = folders.state(ref.PRE_LN)[FC2]
+        tensor[3, 4] = value
+        folders.write_folder(ref.PRE_LN, tmp_path / kind, kind, changes={FC2: tensor})
+    first, last = run_ranks(2, _outcomes, tmp_path, folders.KINDS, Head.LANGUAGE_MODEL)
+    assert first == last
+    for kind, outcome in first.items():
+        name = FC2.removeprefix("model.") if kind == "bin without prefix" else FC2
+        expected = f": {name} holds NaN or infinity (1 of {32 * 48} numbers): start from"
+        assert expected in outcome and str(tmp_path / kind) in outcome, outcome
+
+
+def _spoil_and_save(folder: Path) -> str:
+    """The error of exporting a model of which one rank's part of one weight holds NaN."""
+    model = ref.build_model(ref.PRE_LN, ParallelLayout.for_world(2, tensor=2))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    save_huggingface(model, folder)
+    if model.groups.coordinate.tensor == 1:
+        model.parameters_by_spec()["layers.2.fc1.weight"].data[0, 0] = torch.nan
+    with pytest.raises(DivergenceError) as refused:
+        save_huggingface(model, folder, role="actor")
+    return str(refused.value)
+
+
+def test_a_model_with_nan_is_not_exported_and_the_old_export_stays(tmp_path: Path) -> None:
+    messages = run_ranks(2, _spoil_and_save, tmp_path / "model")
+    assert messages[0] == messages[1]
+    expected = "the actor is not written: layers.2.fc1.weight holds NaN or infinity (1 parameters"
+    assert messages[0].startswith(expected)
+    assert is_complete(tmp_path / "model") and list(tmp_path.iterdir()) == [tmp_path / "model"]

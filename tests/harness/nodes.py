@@ -7,6 +7,7 @@ for ten seconds; everything else is what runs in production.
 
 import contextlib
 import json
+import logging
 import multiprocessing as mp
 import multiprocessing.util
 import os
@@ -30,7 +31,8 @@ class End:
 
     exit_code: int
     message: str
-    """What `launch` raised, as the command line writes it, and what it wrote to standard error."""
+    """What `launch` raised, as the command line writes it, and what it wrote to standard error, log
+    lines left out: those that say that nodes are waited for depend on the load of the machine."""
     at: float
     """Time of the end, of `time.time`."""
 
@@ -120,6 +122,7 @@ def _main(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
+    logging.getLogger().addHandler(logging.FileHandler(end.with_suffix(".log")))
     multiprocessing.util.spawnv_passfds = _fork_server
     message, code = "", 0
     try:

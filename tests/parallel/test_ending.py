@@ -11,7 +11,7 @@ from megachat.parallel.failures import Failure, failure_of
 from megachat.parallel.lifeline import Gathering, Member
 from megachat.parallel.local_ranks import Channel, LocalRanks
 from megachat.parallel.rendezvous import MeetingPoint, Role, meet
-from tests.parallel.test_several_nodes import free_port
+from tests.harness.ports import free_port
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,6 +12,7 @@ from megachat.config import load_config
 from megachat.errors import ConfigError, LaunchError, LayoutError, MegachatError
 from megachat.parallel.launch import LaunchConfig, launch, num_cores, select_device
 from tests.harness.nodes import Nodes
+from tests.harness.ports import free_port
 from tests.parallel import entries
 
 JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -45,13 +46,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     assert not dist.is_initialized()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_world_of_one_runs_in_this_process(tmp_path: Path) -> None:
@@ -107,7 +101,7 @@ def test_the_first_failure_of_a_rank_is_raised_here_and_ends_the_others(
 
 
 def test_a_rank_of_a_torchrun_job_joins_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in zip(JOB, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True):
+    for name, value in zip(JOB, ("0", "1", "0", "127.0.0.1", str(free_port())), strict=True):
         monkeypatch.setenv(name, value)
     launch(ALONE, entries.report, tmp_path)
     assert (tmp_path / "0").read_text() == "0 1 cpu 1 1 1 gloo"

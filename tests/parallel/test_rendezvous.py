@@ -10,8 +10,9 @@ from megachat.parallel.launch import LaunchConfig, launch
 from megachat.parallel.lifeline import Gathering, Member
 from megachat.parallel.rendezvous import MeetingPoint, Role, check_gpus, is_here, meet
 from tests.harness.nodes import Nodes, wait_for
+from tests.harness.ports import free_port
 from tests.parallel import entries
-from tests.parallel.test_several_nodes import HOST, free_port, listens
+from tests.parallel.test_several_nodes import HOST, listens
 
 
 def test_waiting_for_a_node_says_who_has_joined_and_ends_in_time(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from megachat.errors import ConfigError
+from megachat.telemetry.crash import RankFileHandler
 
 FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 FILE_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -62,10 +63,6 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class _RankFileHandler(logging.FileHandler):
-    """All lines of one rank, kept in the run folder."""
-
-
 def set_up_logging(
     folder: Path | None = None,
     *,
@@ -94,7 +91,7 @@ def set_up_logging(
         handlers.append(_file_handler(folder, rank=rank))
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if isinstance(handler, _ConsoleHandler | _RankFileHandler):
+        if isinstance(handler, _ConsoleHandler | RankFileHandler):
             root.removeHandler(handler)
             handler.close()
     for handler in handlers:
@@ -115,7 +112,7 @@ def active_console() -> Console | None:
 def _file_handler(folder: Path, *, rank: int) -> logging.Handler:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = _RankFileHandler(folder / f"rank_{rank:03d}.log", encoding="utf-8")
+        handler = RankFileHandler(folder / f"rank_{rank:03d}.log", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write log files here: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(FILE_FORMAT, FILE_DATE_FORMAT))

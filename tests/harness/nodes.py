@@ -115,7 +115,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def _main(
     end: Path, variables: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
-    """Runs the function; its MegachatError becomes status 2, as on the command line."""
+    """Runs the function; its MegachatError becomes the exit status, as on the command line."""
     from megachat.errors import MegachatError
 
     os.dup2(os.open(end.with_suffix(".stderr"), os.O_CREAT | os.O_WRONLY), 2)
@@ -128,7 +128,7 @@ def _main(
     try:
         target(*args)
     except MegachatError as error:
-        message, code = f"{type(error).__name__}: {error}", 2
+        message, code = f"{type(error).__name__}: {error}", error.exit_code
     draft = end.with_suffix(".draft")
     draft.write_text(json.dumps({"message": message, "at": time.time()}))
     draft.rename(end)

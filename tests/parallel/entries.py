@@ -29,7 +29,7 @@ def report(worker: Worker, folder: Path) -> None:
 
 def fail(worker: Worker, folder: Path, how: str, launcher: int) -> None:
     """Rank 1 ends in one of several ways while the others wait for it in a collective."""
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave_pid(folder, worker.rank)
     dist.barrier()
     if worker.rank == 1:
         (folder / "failed").write_text(str(time.time()))
@@ -57,7 +57,7 @@ def fail_in_phase(worker: Worker, folder: Path, rank: int, phase: str, how: str)
     if worker.rank == rank and phase == "teardown":
         _fail_when_torn_down(folder, how)
     dist.barrier()
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave_pid(folder, worker.rank)
     if phase == "teardown":
         return
     if worker.rank == rank:
@@ -65,6 +65,13 @@ def fail_in_phase(worker: Worker, folder: Path, rank: int, phase: str, how: str)
         end_by(folder, how)
     dist.all_reduce(torch.zeros(1))
     raise AssertionError("the collective cannot succeed")
+
+
+def leave_pid(folder: Path, rank: int) -> None:
+    """Leaves this process's number, whole: the next moment it may be killed."""
+    draft = folder / f"draft{rank}"
+    draft.write_text(str(os.getpid()))
+    draft.rename(folder / f"pid{rank}")
 
 
 def end_by(folder: Path, how: str) -> None:
@@ -88,7 +95,7 @@ def _wait_for_all(folder: Path, world_size: int) -> None:
 def stay(worker: Worker, folder: Path) -> None:
     """Says that it is there and waits for a rank that never comes."""
     dist.barrier()
-    (folder / f"pid{worker.rank}").write_text(str(os.getpid()))
+    leave_pid(folder, worker.rank)
     if worker.rank > 0:
         dist.all_reduce(torch.zeros(1))
     while True:

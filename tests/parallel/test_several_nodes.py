@@ -142,7 +142,7 @@ def _launch_with_broken_rank(config: LaunchConfig, folder: Path, how: str) -> No
     """A launcher, one of whose ranks fails before it has joined its world."""
 
     def break_down() -> bool:
-        (folder / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
+        entries.leave_pid(folder, int(os.environ["RANK"]))
         if os.environ["RANK"] == "2":
             entries.end_by(folder, how)
         return True

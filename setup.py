@@ -59,6 +59,6 @@ setup(
     python_requires=">=3.11,<3.12",
     install_requires=RUNTIME,
     extras_require={"demo": DEMO, "test": TEST},
-    entry_points={"console_scripts": ["megachat = megachat.cli.main:main"]},
+    entry_points={"console_scripts": ["megachat = megachat.cli.start:main"]},
     zip_safe=False,
 )

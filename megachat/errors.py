@@ -2,12 +2,17 @@
 
 Every error a user can cause is a `MegachatError` whose message is one line: what was wrong, where,
 the numbers on both sides, and what to change. The command line prints that line and exits with 2.
-Anything else that escapes is a bug in megachat and keeps its traceback.
+Anything else that escapes is a bug in megachat: an `InternalError`, whose stack is in a log file.
 """
+
+import signal
 
 
 class MegachatError(Exception):
     """Base of all errors that megachat raises on purpose."""
+
+    exit_code: int = 2
+    """Exit status of the command that it ends."""
 
 
 class ConfigError(MegachatError):
@@ -48,3 +53,25 @@ class DivergenceError(MegachatError):
 
 class PhaseError(MegachatError):
     """Weights or memory used in a phase of the run in which they are not valid."""
+
+
+class HostError(MegachatError):
+    """What the operating system refuses: space, rights, open files, memory."""
+
+
+class SignalError(MegachatError):
+    """A signal has ended the job, as it was told."""
+
+    number: int = signal.SIGINT
+    """Of the signal."""
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        """Exit status of the command, as a shell tells that a signal ended a process."""
+        return 128 + self.number
+
+
+class InternalError(MegachatError):
+    """A bug of megachat; the message names the log file that has its stack."""
+
+    exit_code = 1

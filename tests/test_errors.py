@@ -1,7 +1,7 @@
 import inspect
 
 from megachat import errors
-from megachat.errors import MegachatError
+from megachat.errors import ConfigError, InternalError, MegachatError, SignalError
 
 
 def _error_classes() -> list[type[Exception]]:
@@ -21,3 +21,10 @@ def test_an_error_is_its_message() -> None:
         error = kind("hidden 30 is not a multiple of heads 4: change one of them")
         assert str(error) == "hidden 30 is not a multiple of heads 4: change one of them"
         assert kind.__doc__
+
+
+def test_exit_codes_tell_mistakes_bugs_and_signals_apart() -> None:
+    signalled = SignalError("told to end")
+    signalled.number = 15
+    assert (ConfigError("x").exit_code, InternalError("x").exit_code) == (2, 1)
+    assert (signalled.exit_code, SignalError("x").exit_code) == (143, 130)

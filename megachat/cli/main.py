@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.exceptions import TyperException
 
+from megachat.cli import start
 from megachat.cli.build_kernels import build_kernels
 from megachat.cli.fetch import fetch
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
-from megachat.errors import MegachatError
+from megachat.parallel.signals import Signalled
 
 if TYPE_CHECKING:
     from megachat.data.config import Stage
@@ -188,8 +190,8 @@ def rlhf(
 
 
 def main() -> None:
-    """Entry point of the `megachat` script."""
-    app()
+    """Starts the command; the `megachat` script comes through `megachat.cli.start` at once."""
+    start.main()
 
 
 def _run_stage(
@@ -255,12 +257,17 @@ def _show(config: "RunConfig", report: "Report") -> None:
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Turns errors that the user can mend into one line and exit status 2."""
+    """Turns whatever ends the command into one line and its exit status.
+
+    2 for what the user can mend, 128 + its number for a signal, 1 for a bug, whose stack is in the
+    log file that the line names.
+    """
     try:
         yield
-    except MegachatError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        raise typer.Exit(EXIT_CODE) from None
+    except (TyperException, typer.Exit, typer.Abort):
+        raise  # typer's own: wrong options, and ends without an error
+    except (Exception, Signalled, KeyboardInterrupt) as error:
+        raise typer.Exit(start.report(error)) from None
 
 
 app.command()(_errors_in_one_line()(plan))

@@ -3,20 +3,25 @@
 A rank may be inside a collective and hear of nothing, so a thread of its own listens for it.
 """
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import wait
-from types import FrameType
 from typing import Any, NoReturn
 
-from megachat.parallel.failures import Failure, Severity, Signalled, failure_of, first_cause
+from megachat.parallel.failures import Failure, Severity, first_cause, told_to_end
 from megachat.parallel.lifeline import CAUSE_SECONDS, News
 from megachat.parallel.local_ranks import LocalRanks
 from megachat.parallel.rendezvous import FAREWELL_SECONDS, Meeting
+from megachat.parallel.signals import ENDING
+
+_ends = threading.Lock()
+"""Held by the thread that ends this process."""
+
+
+_DEATH_SECONDS = 1.0
+"""How long a look at ranks waits for more of one that is dying."""
 
 
 class Watcher:
@@ -30,6 +35,7 @@ class Watcher:
         self._meeting = meeting
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._thread.start()
+        self._hear_signals()
 
     def leave(self, failure: Failure) -> NoReturn:
         """Tells all others of a failure and ends this process."""
@@ -43,6 +49,23 @@ class Watcher:
         self._thread.join()
         self._meeting.close()
 
+    def _hear_signals(self) -> None:
+        """Lets a signal end this rank though its main thread is inside a collective.
+
+        Python runs handlers in the main thread alone, between two of its steps.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._obey, args=(reader,), name="signals", daemon=True).start()
+
+    def _obey(self, reader: int) -> None:
+        for number in iter(lambda: os.read(reader, 1)[0], None):
+            if number in ENDING:
+                self.leave(told_to_end(number))
+
     def _watch(self) -> None:
         news = self._meeting.listen(timeout=None)
         if news is not None and news.failure is not None:
@@ -52,9 +75,10 @@ class Watcher:
 
 def end_process(failure: Failure) -> NoReturn:
     """Writes a message, as the command line would, and ends this process without any teardown."""
+    _ends.acquire()  # for good: of two threads that come here the first one speaks
     error = failure.error()
     os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace"))
-    os._exit(failure.exit_code)
+    os._exit(error.exit_code)
 
 
 def watch_ranks(ranks: LocalRanks, meeting: Meeting) -> News:
@@ -77,36 +101,10 @@ def watch_ranks(ranks: LocalRanks, meeting: Meeting) -> News:
         if heard:
             decide = decide or time.monotonic() + CAUSE_SECONDS
             first = first_cause(heard)
+            if first.severity is not Severity.CAUSE and ranks.one_is_dying:
+                decide = max(decide, time.monotonic() + _DEATH_SECONDS)
             if first.severity is Severity.CAUSE or time.monotonic() >= decide:
                 return News(meeting.fail(first))
         elif ranks.all_done and not told:
             meeting.line.done()
             told = True
-
-
-@contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `Signalled` once; then they are ignored, so that all can end well.
-
-    Raises:
-        LaunchError: One has come, and the body did not handle it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def react(number: int, _: FrameType | None) -> None:
-        for each in saved:
-            signal.signal(each, signal.SIG_IGN)
-        raise Signalled(number)
-
-    saved = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    for each in saved:
-        signal.signal(each, react)
-    try:
-        yield
-    except Signalled as signalled:
-        raise failure_of(signalled, origin="the launcher").error() from None
-    finally:
-        for each, handler in saved.items():
-            signal.signal(each, handler)

@@ -16,7 +16,10 @@ from enum import IntEnum
 import torch.distributed as dist
 
 from megachat import errors
-from megachat.errors import LaunchError, MegachatError
+from megachat.errors import LaunchError, MegachatError, SignalError
+from megachat.parallel import signals
+from megachat.parallel.signals import Signalled, name_of
+from megachat.telemetry.crash import as_megachat_error, refusal_of
 
 _OF_A_BACKEND = re.compile(r"gloo|NCCL|peer|remote worker|GLHF", re.IGNORECASE)
 """In messages of RuntimeErrors that a backend raises when a peer is gone."""
@@ -41,20 +44,18 @@ class Failure:
     kind: str = LaunchError.__name__
     """Name of the class in `megachat.errors` that is raised for it."""
     severity: Severity = Severity.CAUSE
-    expected: bool = True
-    """Whether megachat or a signal ended it on purpose; otherwise it is a bug, with its stack."""
-
-    @property
-    def exit_code(self) -> int:
-        """Of the process that reports it: 2 where the user can do something, else 1."""
-        return 2 if self.expected else 1
+    number: int | None = None
+    """Of the signal that asked for it, where one did."""
 
     def error(self) -> MegachatError:
         """The exception to raise for it."""
         kind = vars(errors).get(self.kind)
-        if isinstance(kind, type) and issubclass(kind, MegachatError):
-            return kind(self.message)
-        return LaunchError(self.message)
+        if not (isinstance(kind, type) and issubclass(kind, MegachatError)):
+            kind = LaunchError
+        error = kind(self.message)
+        if isinstance(error, SignalError) and self.number is not None:
+            error.number = self.number
+        return error
 
     def to_json(self) -> str:
         """As text of one line."""
@@ -67,36 +68,30 @@ class Failure:
         return cls(**{**values, "severity": Severity(values["severity"])})
 
 
-class Signalled(BaseException):
-    """SIGINT or SIGTERM has come to a launcher."""
-
-    def __init__(self, number: int) -> None:
-        """Of the signal."""
-        super().__init__(number)
-        self.number = number
-
-
 def failure_of(error: BaseException, *, origin: str) -> Failure:
-    """What a rank raised.
+    """What a rank raised; the stack of what nobody expected goes to this process's log file.
 
     Args:
         error: The exception.
         origin: The rank, as messages name it.
     """
-    severity = Severity.CONSEQUENCE if lost_a_peer(error) else Severity.CAUSE
-    if isinstance(error, MegachatError):
-        return Failure(kind=type(error).__name__, message=str(error), severity=severity)
     if isinstance(error, KeyboardInterrupt):
         return told_to_end(signal.SIGINT)
     if isinstance(error, Signalled):
         return told_to_end(error.number)
-    stack = "".join(traceback.format_exception(error))
-    return Failure(message=f"{origin} failed:\n{stack}", severity=severity, expected=False)
+    told = as_megachat_error(error, origin=origin)
+    return Failure(
+        kind=type(told).__name__,
+        message=str(told),
+        severity=Severity.CONSEQUENCE if lost_a_peer(error) else Severity.CAUSE,
+        number=told.number if isinstance(told, SignalError) else None,
+    )
 
 
 def told_to_end(number: int) -> Failure:
     """The end that a signal asked for."""
-    return Failure(message=f"the job was ended by {_name(number)}, as it was told")
+    error = signals.told_to_end(number)
+    return Failure(kind=type(error).__name__, message=str(error), number=number)
 
 
 def death_of(origin: str, exit_code: int, *, on_cuda: bool) -> Failure:
@@ -120,13 +115,17 @@ def death_of(origin: str, exit_code: int, *, on_cuda: bool) -> Failure:
             message=f"{origin} was aborted (SIGABRT): what it wrote above says why",
             severity=Severity.ABORT,
         )
+    if -exit_code in signals.ENDING:  # sent to all processes of the job
+        return told_to_end(-exit_code)
     if exit_code < 0:
-        return Failure(message=f"{origin} was killed by {_name(-exit_code)}")
+        return Failure(message=f"{origin} was killed by {name_of(-exit_code)}")
     return Failure(message=f"{origin} ended without a message: exit code {exit_code}")
 
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an exception says no more than that a collective or store broke down."""
+    if refusal_of(error) is not None:
+        return False
     return any(
         isinstance(cause, dist.DistError)
         or (isinstance(cause, RuntimeError) and _OF_A_BACKEND.search(str(cause)) is not None)
@@ -149,10 +148,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -9,6 +9,7 @@ told (docs/decisions/0011-starting-and-failing.md). Only this module reads and s
 import contextlib
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -27,8 +28,8 @@ from torch._C._distributed_c10d import FileStore, Store
 from megachat.config import ConfigModel
 from megachat.errors import LaunchError
 from megachat.parallel import GROUP_TIMEOUT, cpu_compat
-from megachat.parallel.ending import Watcher, signals_raise, watch_ranks
-from megachat.parallel.failures import Signalled, failure_of, first_line
+from megachat.parallel.ending import Watcher, watch_ranks
+from megachat.parallel.failures import failure_of, first_line
 from megachat.parallel.heap import keep_freed_memory
 from megachat.parallel.lifeline import Member, News
 from megachat.parallel.local_ranks import Channel, LocalRanks
@@ -50,6 +51,7 @@ from megachat.parallel.seats import (
     seat_of,
     seats_of_node,
 )
+from megachat.parallel.signals import Signalled, children_ignore_signals, signals_raise
 
 _CUDA_DEFAULTS: Mapping[str, str] = {
     # One queue: a collective that is launched before the product it overlaps with starts before it.
@@ -158,7 +160,9 @@ def prepare_ranks(config: LaunchConfig, module: str) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         _choose_socket_folder()
         multiprocessing.set_forkserver_preload([module])
-        multiprocessing.forkserver.ensure_running()
+        multiprocessing.resource_tracker.ensure_running()  # lets signals through when it starts
+        with children_ignore_signals():
+            multiprocessing.forkserver.ensure_running()
 
 
 def check_start(config: LaunchConfig) -> torch.device:
@@ -470,7 +474,8 @@ def _rank_main(
     args: tuple[Any, ...],
 ) -> None:
     """Main function of a started rank: failures travel to the launcher."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it as well, and decides
+    # SIGINT and SIGHUP come to the launcher as well, and it decides. SIGTERM may be for this one.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _set_threads(config)
         with _variables(seat), joined_world(config, store=seat.open_store()) as worker:

@@ -18,7 +18,7 @@ import selectors
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megachat.errors import LaunchError
@@ -148,8 +148,7 @@ class Hub:
     def __init__(self, listener: socket.socket, gathering: Gathering, *, store_port: int) -> None:
         """Takes over a listening socket."""
         self._listener, self._gathering, self._store_port = listener, gathering, store_port
-        now = time.monotonic()
-        self._agenda = _Agenda(remind=now + PATIENCE_SECONDS, give_up=now + gathering.seconds)
+        self._agenda = _Agenda()
         self._peers, self._heard = dict[int, _Peer](), _Minutes()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -216,7 +215,7 @@ class Hub:
         if peer.member is None:
             self._welcome(peer, words)
         elif "failure" in words:
-            self._note(Failure.from_json(words["failure"]))
+            self._note(self._with_who_is_there(Failure.from_json(words["failure"])))
         elif not peer.done:
             peer.done = True
             self._heard.num_done += 1
@@ -232,6 +231,10 @@ class Hub:
         if problem is not None:
             self._send(peer, {"refused": problem})
             return
+        if not members:  # the host's own: it comes at once
+            now = time.monotonic()
+            self._agenda.remind = now + PATIENCE_SECONDS
+            self._agenda.give_up = now + self._gathering.seconds
         peer.member = members[number] = Member(**{**asdict(wanted), "number": number})
         self._send(peer, {"number": number, "store_port": self._store_port})
         if self._heard.news is not None:
@@ -240,7 +243,7 @@ class Hub:
             self._agenda.remind = self._agenda.give_up = None
             everyone = [asdict(members[each]) for each in range(self._gathering.count)]
             self._send_all({"members": everyone})
-        elif self._agenda.remind is None:
+        elif self._agenda.remind is None:  # the others have been told
             self._send(peer, {"waiting": self._who_is_there()})
 
     def _objection(self, job: str, wanted: Member, number: int) -> str | None:
@@ -265,6 +268,14 @@ class Hub:
         if here.unit == "node" or len(missing) > 8:
             return text
         return f"{text}; missing: {here.unit} {', '.join(missing)}"
+
+    def _with_who_is_there(self, failure: Failure) -> Failure:
+        """A signal that ends the wait for absent members says who was there."""
+        count = self._gathering.count
+        if failure.number is None or len(self._heard.members) == count or count == 1:
+            return failure
+        message = f"{failure.message}, while it waited: {self._who_is_there()}"
+        return replace(failure, message=message)
 
     def _given_up(self) -> str:
         return (
@@ -360,6 +371,15 @@ class Line:
             return Complete(tuple(Member(**each) for each in words["members"]))
         failure = words.get("failure", self._lost())
         return News(Failure.from_json(failure) if failure is not None else None)
+
+    def news(self, *, timeout: float | None) -> News | None:
+        """How the job ends, or None within the timeout; what else is told is passed over."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            message = self.message(timeout=left)
+            if message is None or isinstance(message, News):
+                return message
 
     def close(self) -> None:
         """Hangs up."""

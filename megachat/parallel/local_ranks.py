@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 from megachat.parallel.failures import Failure, death_of
+from megachat.parallel.signals import children_ignore_signals
 
 ORPHANED = 3
 """Exit status of a rank whose launcher is gone; nobody is left to read it."""
@@ -58,7 +59,8 @@ class LocalRanks:
             target=_run, args=(theirs, target, args), name=origin
         )
         self._ranks.append(_Rank(origin, process, mine))
-        process.start()
+        with children_ignore_signals():
+            process.start()
         theirs.close()
 
     @property
@@ -85,6 +87,14 @@ class LocalRanks:
                 self._ranks.remove(rank)
                 rank.pipe.close()
         return failures
+
+    @property
+    def one_is_dying(self) -> bool:
+        """Whether a rank has let go of its pipe, as at its end, and nobody knows yet how it ends.
+
+        The fork server tells that a little later, and on a busy machine much later.
+        """
+        return any(not rank.open for rank in self._ranks)
 
     @property
     def all_done(self) -> bool:
@@ -122,7 +132,7 @@ class Channel:
         except OSError:
             os._exit(ORPHANED)
         threading.Event().wait(_LAST_WORDS_SECONDS)
-        os._exit(failure.exit_code)
+        os._exit(failure.error().exit_code)
 
     def _watch(self) -> None:
         """The launcher never sends: what can be read is the end."""

@@ -28,6 +28,7 @@ from megachat.parallel.lifeline import (
     is_loopback,
     listen,
 )
+from megachat.parallel.signals import Signalled, told_to_end
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,12 +91,7 @@ class Meeting:
 
     def listen(self, *, timeout: float | None) -> News | None:
         """How the job ends, or None within the timeout."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            message = self.line.message(timeout=left)
-            if message is None or isinstance(message, News):
-                return message
+        return self.line.news(timeout=timeout)
 
     def close(self) -> None:
         """Hangs up; the host stays until the others have read the news."""
@@ -109,7 +105,18 @@ def meet(point: MeetingPoint, member: Member) -> Meeting:
 
     Raises:
         LaunchError: They have not in time, one of them has failed, or a port is in use.
+        SignalError: This process or another member was told to end meanwhile.
     """
+    try:
+        return _meet(point, member)
+    except Signalled as signalled:
+        here = point.gathering
+        doing = f"it began to wait for {here.count} {here.unit}s at {here.where}"
+        raise told_to_end(signalled.number, while_doing=doing if here.count > 1 else "") from None
+
+
+def _meet(point: MeetingPoint, member: Member) -> Meeting:
+    """As `meet`; a signal is raised as it is until the hub has been told of it."""
     host, port, hub, server = point.host, point.port, None, None
     listener = _listener(point, member)
     if listener is not None:
@@ -127,10 +134,12 @@ def meet(point: MeetingPoint, member: Member) -> Meeting:
         members = _wait_for_all(line)
     except BaseException as error:
         line.report(failure_of(error, origin=f"{member.name} on {member.host}"))
-        line.message(timeout=FAREWELL_SECONDS)
+        news = line.news(timeout=FAREWELL_SECONDS)
         line.close()
         if hub is not None:
             hub.close()
+        if isinstance(error, Signalled) and news is not None and news.failure is not None:
+            raise news.failure.error() from None  # the hub adds who has joined
         raise
     return Meeting(
         number=welcome.number,
@@ -278,7 +287,11 @@ def _connect(host: str, port: int, gathering: Gathering, member: Member) -> Line
             if waited > PATIENCE_SECONDS and not told:
                 told = True
                 _LOG.warning("waiting for the first node at %s: %s", gathering.where, error)
-            time.sleep(_RETRY_SECONDS)
+            try:
+                time.sleep(_RETRY_SECONDS)
+            except Signalled as signalled:
+                doing = f"it waited for the first node: nobody answers at {gathering.where}"
+                raise told_to_end(signalled.number, while_doing=doing) from None
     return Line(connection, job=gathering.job, member=member, where=f"{host}:{port}")
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from megachat.errors import ConfigError
 from megachat.telemetry.attempts import set_aside
+from megachat.telemetry.crash import RankFileHandler
 
 FILE_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 FILE_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -63,10 +64,6 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class _RankFileHandler(logging.FileHandler):
-    """All lines of one rank, kept in the run folder."""
-
-
 def set_up_logging(
     folder: Path | None = None,
     *,
@@ -95,7 +92,7 @@ def set_up_logging(
         handlers.append(_file_handler(folder, rank=rank))
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if isinstance(handler, _ConsoleHandler | _RankFileHandler):
+        if isinstance(handler, _ConsoleHandler | RankFileHandler):
             root.removeHandler(handler)
             handler.close()
     for handler in handlers:
@@ -128,7 +125,7 @@ def active_console() -> Console | None:
 def _file_handler(folder: Path, *, rank: int) -> logging.Handler:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = _RankFileHandler(folder / f"rank_{rank:03d}.log", encoding="utf-8")
+        handler = RankFileHandler(folder / f"rank_{rank:03d}.log", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write log files here: {error.strerror}") from error
     handler.setFormatter(logging.Formatter(FILE_FORMAT, FILE_DATE_FORMAT))

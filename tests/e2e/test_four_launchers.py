@@ -1,7 +1,6 @@
 """The example started by four launchers of one process each, and by one launcher of four."""
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megachat.stages.results import RESULT_FILE
 from megachat.stages.run import run_stages
 from megachat.telemetry.metrics import read_metrics
 from tests.harness.nodes import Nodes
+from tests.harness.ports import free_port
 from tests.stages import tiny_run
 
 EXAMPLE = Path(__file__).parents[2] / "examples/tiny_cpu/run.toml"
@@ -23,16 +23,13 @@ TIMES = ("perf/", "time/", "memory/")
 
 def _config(folder: Path, name: str, *, nodes: int, processes: int) -> RunConfig:
     """The example with fewer steps and the tests' data; two ranks share a layer, as in the file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
     return load_config(
         RunConfig,
         path=EXAMPLE,
         overrides=[
             f"launch.nodes={nodes}",
             f"launch.processes={processes}",
-            f"launch.rendezvous={rendezvous}",
+            f"launch.rendezvous=127.0.0.1:{free_port()}",
             "launch.threads=1",
             f"run.output={folder / name}",
             f'data.sources=[{{name = "chats", path = "{folder / "rows.jsonl"}"}}]',

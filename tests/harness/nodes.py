@@ -7,6 +7,7 @@ for ten seconds; everything else is what runs in production.
 
 import contextlib
 import json
+import logging
 import multiprocessing as mp
 import multiprocessing.util
 import os
@@ -30,7 +31,8 @@ class End:
 
     exit_code: int
     message: str
-    """What `launch` raised, as the command line writes it, and what it wrote to standard error."""
+    """What `launch` raised, as the command line writes it, and what it wrote to standard error, log
+    lines left out: those that say that nodes are waited for depend on the load of the machine."""
     at: float
     """Time of the end, of `time.time`."""
 
@@ -113,19 +115,20 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 def _main(
     end: Path, variables: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
-    """Runs the function; its MegachatError becomes status 2, as on the command line."""
+    """Runs the function; its MegachatError becomes the exit status, as on the command line."""
     from megachat.errors import MegachatError
 
     os.dup2(os.open(end.with_suffix(".stderr"), os.O_CREAT | os.O_WRONLY), 2)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables}
+    logging.getLogger().addHandler(logging.FileHandler(end.with_suffix(".log")))
     multiprocessing.util.spawnv_passfds = _fork_server
     message, code = "", 0
     try:
         target(*args)
     except MegachatError as error:
-        message, code = f"{type(error).__name__}: {error}", 2
+        message, code = f"{type(error).__name__}: {error}", error.exit_code
     draft = end.with_suffix(".draft")
     draft.write_text(json.dumps({"message": message, "at": time.time()}))
     draft.rename(end)

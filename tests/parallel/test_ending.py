@@ -3,27 +3,12 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-
-from megachat.errors import LaunchError
-from megachat.parallel.ending import signals_raise, watch_ranks
+from megachat.parallel.ending import watch_ranks
 from megachat.parallel.failures import Failure, failure_of
 from megachat.parallel.lifeline import Gathering, Member
 from megachat.parallel.local_ranks import Channel, LocalRanks
 from megachat.parallel.rendezvous import MeetingPoint, Role, meet
-from tests.parallel.test_several_nodes import free_port
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_raised_once_and_handlers_come_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(LaunchError, match=f"ended by {number.name}, as it was told"):
-        with signals_raise():
-            try:
-                os.kill(os.getpid(), number)
-            finally:
-                os.kill(os.getpid(), number)  # an impatient user does not break the end
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+from tests.harness.ports import free_port
 
 
 def _lose_a_peer(channel: Channel) -> None:

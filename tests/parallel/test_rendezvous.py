@@ -1,17 +1,20 @@
 import os
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from megachat.errors import LaunchError
+from megachat.errors import LaunchError, SignalError
 from megachat.parallel.launch import LaunchConfig, launch
 from megachat.parallel.lifeline import Gathering, Member
 from megachat.parallel.rendezvous import MeetingPoint, Role, check_gpus, is_here, meet
+from megachat.parallel.signals import signals_raise
 from tests.harness.nodes import Nodes, wait_for
+from tests.harness.ports import free_port
 from tests.parallel import entries
-from tests.parallel.test_several_nodes import HOST, free_port, listens
+from tests.parallel.test_several_nodes import HOST, listens
 
 
 def test_waiting_for_a_node_says_who_has_joined_and_ends_in_time(tmp_path: Path) -> None:
@@ -30,8 +33,8 @@ def test_waiting_for_a_node_says_who_has_joined_and_ends_in_time(tmp_path: Path)
     assert f"({HOST})" in end.message
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_a_waiting_launcher_ends_it_with_one_line(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_waiting_launcher_ends_it_with_one_line_that_says_who_was_there(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     port = free_port()
@@ -41,7 +44,24 @@ def test_a_signal_to_a_waiting_launcher_ends_it_with_one_line(
         wait_for(lambda: listens(port), "the launcher")
         os.kill(nodes.pid(0), number)
         (end,) = nodes.ends()
-    assert end.message == f"LaunchError: the job was ended by {number.name}, as it was told"
+    assert end.exit_code == 128 + number
+    where = f"127.0.0.1:{port}"
+    said = f"SignalError: the job was ended by {number.name}, as it was told, while it "
+    assert end.message in (
+        f"{said}waited: 1 of 2 nodes have joined at {where} ({HOST})",
+        f"{said}began to wait for 2 nodes at {where}",  # it listens a little before it joins
+    )
+
+
+def test_a_signal_to_a_launcher_that_finds_no_first_node_says_so() -> None:
+    """This process is the second one."""
+    point = _point(free_port(), Role.GUEST)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(SignalError, match="by SIGINT, .* nobody answers at 127.0.0.1:"):
+        with signals_raise():
+            timer.start()
+            meet(point, Member(name="node", host=HOST, number=1))
+    timer.join()
 
 
 def test_the_names_and_addresses_of_this_machine_are_known() -> None:

@@ -15,20 +15,13 @@ from megachat.parallel import launch as started
 from megachat.parallel.launch import LaunchConfig, launch
 from megachat.parallel.placement import SameHost
 from tests.harness.nodes import End, Nodes, wait_for
+from tests.harness.ports import free_port
 from tests.parallel import entries
 
 MESSAGE = "LayoutError: heads 7 are not a multiple of tensor 2: choose 1 or 7"
 SECONDS_TO_END = 10.0
 """From a failure to the end of the last process of the job."""
 HOST = socket.gethostname()
-
-
-def free_port() -> int:
-    """A port that nobody listens at now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def config_of(shape: tuple[int, int]) -> LaunchConfig:

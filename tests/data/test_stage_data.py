@@ -282,7 +282,8 @@ def test_local_copy_of_every_public_data_set_becomes_batches(
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
     config = data_config(
         tmp_path,
-        SourceConfig(name=name, path=tmp_path / "saved", split=(1, 1, 0)),
+        SourceConfig(name=name, path=tmp_path / "saved"),
+        split=(1, 1, 0),
         max_prompt_tokens=64,
         max_tokens=96,
     )
@@ -291,7 +292,7 @@ def test_local_copy_of_every_public_data_set_becomes_batches(
     for batch in SftLoader(data.train, LoaderOptions(batch_size=5)):
         assert batch.tokens.tolist() == [expected] * 5
     if row.rejected is None:
-        with pytest.raises(DataError, match="dropped: no rejected answer"):
+        with pytest.raises(DataError, match="pairs of chosen and rejected answers"):
             build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
         return
     reward = build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)

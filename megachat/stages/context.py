@@ -98,7 +98,8 @@ def tokenizer_fingerprint(config: RunConfig) -> str:
     """Hash of everything that determines the run's tokenizer."""
     section = config.tokenizer
     if section.train is None:
-        return fingerprint({"path": section.path or config.models.actor.model})
+        chat = config.data.chat.model_dump(mode="json")  # of the template that goes with it
+        return fingerprint({"path": section.path or config.models.actor.model, "chat": chat})
     data = config.data.model_dump(mode="json", exclude={"cache_dir"})
     return fingerprint({"train": section.train.model_dump(mode="json"), "data": data})
 

@@ -123,9 +123,10 @@ def _make_tokenizer(config: RunConfig) -> str:
         section = config.tokenizer
         if section.train is not None:
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
-            train_sentencepiece(training_texts(config.data), section.train, folder)
+            made = train_sentencepiece(training_texts(config.data), section.train, folder)
         else:
-            Tokenizer.load(section.path or config.models.actor.model or "").save(folder)
+            made = Tokenizer.load(section.path or config.models.actor.model or "")
+        made.save(folder, chat=config.data.chat)
         write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
     return Tokenizer.load(folder).fingerprint
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megachat.cli.build_kernels import build_kernels
+from megachat.cli.data import data
 from megachat.cli.fetch import fetch
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
@@ -253,6 +254,7 @@ def _errors_in_one_line() -> Iterator[None]:
 app.command()(_errors_in_one_line()(plan))
 app.command()(_errors_in_one_line()(build_kernels))
 app.command()(_errors_in_one_line()(fetch))
+app.command()(_errors_in_one_line()(data))
 
 if __name__ == "__main__":
     main()

@@ -184,7 +184,7 @@ def build_stage_data(config: DataConfig, *, stage: Stage, tokenizer: Tokenizer) 
             leaves no row for the stage.
     """
     cache = DataCache(config.cache_dir)
-    sources = _prepare_sources(config)
+    sources = prepare_sources(config)
     parts = {
         "version": ENCODING_VERSION,
         "stage": stage,
@@ -207,7 +207,7 @@ def training_texts(config: DataConfig, *, limit: int | None = None) -> Iterator[
     Raises:
         DataError: As in `build_stage_data`.
     """
-    for source in _prepare_sources(config):
+    for source in prepare_sources(config):
         rows = np.concatenate([_stage_rows(source, config, stage=stage).train for stage in Stage])
         selected = source.splits[TRAIN].select(np.sort(rows)[:limit])
         for block in selected.iter(batch_size=ROWS_AT_ONCE):
@@ -216,7 +216,7 @@ def training_texts(config: DataConfig, *, limit: int | None = None) -> Iterator[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _PreparedSource:
+class PreparedSource:
     """The common rows of a source."""
 
     name: str
@@ -240,7 +240,7 @@ class _StageRows:
     """Which split the held-out rows are rows of."""
 
 
-def _prepare_sources(config: DataConfig) -> list[_PreparedSource]:
+def prepare_sources(config: DataConfig) -> list[PreparedSource]:
     """The common rows of all sources."""
     cache = DataCache(config.cache_dir)
     return [
@@ -251,7 +251,7 @@ def _prepare_sources(config: DataConfig) -> list[_PreparedSource]:
 
 def _prepare_source(
     source: SourceConfig, config: DataConfig, *, number: int, cache: DataCache
-) -> _PreparedSource:
+) -> PreparedSource:
     """Converts a source to common rows, or finds them in the cache, and checks them."""
     opened = open_source(source, cache=cache)
     parts = {
@@ -267,7 +267,7 @@ def _prepare_source(
     folder = cache.get_or_build("rows", parts, convert)
     reports = read_reports(folder)
     check_reports(source, reports, max_bad_share=config.max_bad_share)
-    return _PreparedSource(
+    return PreparedSource(
         name=source.name,
         number=number,
         weights=shares_of(source, config, serving=reports[TRAIN].serving),
@@ -311,7 +311,7 @@ def shares_of(
     return sft, reward, prompts
 
 
-def _stage_rows(source: _PreparedSource, config: DataConfig, *, stage: Stage) -> _StageRows:
+def _stage_rows(source: PreparedSource, config: DataConfig, *, stage: Stage) -> _StageRows:
     """The part of a source's rows that serves a stage, and what of it is held out."""
 
     def part_of(split: str) -> Indices:
@@ -338,7 +338,7 @@ def _build_stage(
     config: DataConfig,
     stage: Stage,
     tokenizer: Tokenizer,
-    sources: Sequence[_PreparedSource],
+    sources: Sequence[PreparedSource],
     folder: Path,
 ) -> None:
     """Tokenises the rows of all sources into one file to train on and one held out."""
@@ -375,7 +375,7 @@ def _build_stage(
 
 
 def _text_blocks(
-    source: _PreparedSource, config: DataConfig, *, stage: Stage, held_out: bool
+    source: PreparedSource, config: DataConfig, *, stage: Stage, held_out: bool
 ) -> Iterator[TextRows]:
     """Common rows in blocks, with their ids."""
     chosen = _stage_rows(source, config, stage=stage)

@@ -1,4 +1,4 @@
-"""The exported chat template against the rows of training; the oracle is the transformers library."""
+"""The exported chat template against the rows of training; the oracle is transformers."""
 
 import json
 from pathlib import Path

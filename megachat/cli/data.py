@@ -140,8 +140,16 @@ def view_lines(view: "SourceView", *, limit: int, settings: "DataConfig") -> Ite
     serves = ", ".join(f"{stage} {rows:,}" for stage, rows in report.serving.items())
     yield f"  can serve  {serves} rows"
     yield f"  split      {view.shares}"
-    for note in view.notes:
-        yield f"  note       {note}"
+    if report.bad > settings.max_bad_share * report.records:
+        yield (
+            f"  note       a run stops: data.max_bad_share {settings.max_bad_share:g} allows fewer "
+            "unusable records"
+        )
+    if view.touching:
+        yield (
+            f'  note       prompts and answers touch ("...{_shortened(view.touching)}"): render = '
+            '"chat" of the source puts the markers of data.chat around them'
+        )
     for lengths in view.lengths:
         yield from _histogram_lines(lengths, view.unit)
     for stage in view.stages:
@@ -168,9 +176,8 @@ def _stage_lines(view: "StageView", settings: "DataConfig") -> Iterator[str]:
     for outcome, count in view.outcomes.items():
         yield f"    {count:,} {outcome}"
     limits = ("max_prompt_tokens", "max_tokens", "max_answer_tokens", "min_answer_tokens")
-    values = settings.model_dump(
-        mode="json", include=set(limits) | {"long_prompts", "long_answers"}
-    )
+    keys = {*limits, "long_prompts", "long_answers"}
+    values = settings.model_dump(mode="json", include=keys, exclude_none=True)
     yield "    limits: " + ", ".join(f"data.{key} = {value}" for key, value in values.items())
     marked = {
         Stage.SFT: f"trained tokens (data.recipe = {settings.recipe}) stand in [[ ]]",

@@ -16,6 +16,7 @@ import typer
 from megachat.cli.build_kernels import build_kernels
 from megachat.cli.data import data
 from megachat.cli.fetch import fetch
+from megachat.cli.init import init
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
 from megachat.errors import MegachatError
@@ -255,6 +256,7 @@ app.command()(_errors_in_one_line()(plan))
 app.command()(_errors_in_one_line()(build_kernels))
 app.command()(_errors_in_one_line()(fetch))
 app.command()(_errors_in_one_line()(data))
+app.command()(_errors_in_one_line()(init))
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,9 @@ EXAMPLES = 3
 
 _BINS = 10
 _GLUED_SHARE = 0.5
-"""A note is made where so many answers follow their prompt without a space."""
+"""It is told where so many answers follow their prompt without a space."""
+_SHOWN = 40
+"""Characters that are shown of such a place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +112,10 @@ class SourceView:
     """Empty without a tokenizer."""
     shares: str
     """What the split gives to each step, or why it cannot."""
-    notes: tuple[str, ...]
-    """What a reader should look at."""
+    touching: str
+    """Where a prompt and its answer meet without a space, if most of them do; else empty."""
+    characters: int
+    """Different characters in all texts."""
 
 
 def look_at(
@@ -159,7 +163,8 @@ def look_at(
         lengths=_lengths(rows, tokenizer),
         stages=tuple(views),
         shares=_shares(source, config, report),
-        notes=tuple(_notes(rows, report, config)),
+        touching=_touching(rows),
+        characters=len(_characters(rows)),
     )
 
 
@@ -278,26 +283,25 @@ def _shares(source: SourceConfig, config: DataConfig, report: ConversionReport) 
     )
 
 
-def _notes(rows: Any, report: ConversionReport, config: DataConfig) -> Iterator[str]:
-    """What is allowed and yet seldom meant."""
-    if report.bad > config.max_bad_share * report.records:
-        yield (
-            f"{report.bad} of {report.records} records are unusable: a run stops, since "
-            f"data.max_bad_share is {config.max_bad_share:g}"
-        )
+def _touching(rows: Any) -> str:
+    """The end of a prompt and its answer where most have no space between them."""
     first = rows.select(range(min(len(rows), ROWS_AT_ONCE)))
     both = [(row["prompt"], row["chosen"]) for row in first if row["prompt"] and row["chosen"]]
     glued = [
-        (prompt, chosen)
+        prompt + chosen
         for prompt, chosen in both
         if not prompt[-1].isspace() and not chosen[0].isspace()
     ]
-    if len(glued) > _GLUED_SHARE * len(both):
-        prompt, chosen = glued[0]
-        yield (
-            f'prompts and answers touch ("{(prompt + chosen)[-40:]}"): data.sources render = "chat" '
-            "puts the markers of data.chat around them"
-        )
+    return glued[0][-_SHOWN:] if len(glued) > _GLUED_SHARE * len(both) else ""
+
+
+def _characters(rows: Any) -> set[str]:
+    """Every character of the texts."""
+    found: set[str] = set()
+    for block in rows.iter(batch_size=ROWS_AT_ONCE):
+        for what in ("prompt", "chosen", "rejected"):
+            found.update(*(text for text in block[what] if text))
+    return found
 
 
 def _round_width(span: int) -> int:

@@ -20,8 +20,8 @@ def init(
 ) -> None:
     """Write a commented run.toml for your own data; nothing is asked and nothing overwritten.
 
-    It trains a small vocabulary and a tiny model on this machine's processor. With --data, the files
-    are looked at: limits and batches are chosen so that they fit.
+    It trains a small vocabulary and a tiny model on this machine's processor. With --data, the
+    files are looked at: limits and batches are chosen so that they fit.
     """
     from megachat.cli.data import chosen_sources, read_columns
     from megachat.data.config import Stage

@@ -197,6 +197,15 @@ class _Converter:
         """Says what was left out."""
         report = self.report
         report.reasons = dict(self._reasons.most_common())
+        _LOG.info(
+            "data set %s [%s]: %d rows of format %s%s, of use to %s",
+            self._source.name,
+            split,
+            report.rows,
+            report.format,
+            f" ({report.found})" if report.found else "",
+            ", ".join(stage for stage, rows in report.serving.items() if rows) or "no step",
+        )
         if report.bad:
             _LOG.warning(
                 "data set %s [%s]: %d of %d records are unusable: %s",

@@ -197,6 +197,23 @@ def build_stage_data(config: DataConfig, *, stage: Stage, tokenizer: Tokenizer) 
     return _open_stage(config, stage=stage, tokenizer=tokenizer, folder=folder)
 
 
+def require_rows(config: DataConfig, stages: Iterable[Stage]) -> None:
+    """Makes sure that some source serves each of several stages, before the first of them works.
+
+    Raises:
+        DataError: As in `build_stage_data`, or a stage has no source.
+    """
+    sources = prepare_sources(config)
+    for stage in stages:
+        place = list(Stage).index(stage)
+        if not any(source.weights[place] for source in sources):
+            names = ", ".join(source.name for source in sources)
+            raise DataError(
+                f"data for {stage}: no source has rows for it: {names}: it needs {_NEEDED[stage]}: "
+                "add such a source, or run the other stages alone (megachat sft)"
+            )
+
+
 def training_texts(config: DataConfig, *, limit: int | None = None) -> Iterator[str]:
     """Prompt and answer texts of all sources, held-out ones left out, to train a tokenizer on.
 

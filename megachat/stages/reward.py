@@ -6,15 +6,14 @@ from collections.abc import Iterable
 from megachat.checkpoint.huggingface import MissingHead, save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PreferenceLoader, endless
-from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
-from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import PreferenceBatch
 from megachat.rlhf.objectives import PairwiseObjective, TokenwisePairwiseObjective
 from megachat.stages.config import FROM_SFT, PairLoss, RewardSection
 from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.data_rows import prepare_rows
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import load_model, start_model
@@ -28,8 +27,7 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     """Trains the reward model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.reward, context.config.models.reward
-    data = build_stage_data(context.config.data, stage=Stage.REWARD, tokenizer=context.tokenizer)
-    store_barrier("preparing the data")
+    data = prepare_rows(context, Stage.REWARD)
     loader = PreferenceLoader(
         data.train,
         LoaderOptions(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from megachat.data.config import Stage
-from megachat.data.stage_data import training_texts
+from megachat.data.stage_data import require_rows, training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError, ConfigError
 from megachat.ops.backends import prepare
@@ -72,6 +72,8 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
         lambda: _open_run(config, stages), task="looking at what is complete"
     )
     check_inputs(inputs)
+    to_do = [stage for stage in stages if stage not in done]
+    on_first_rank(partial(require_rows, config.data, to_do), task="preparing the data")
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {STAGE_TITLES[stage]}"

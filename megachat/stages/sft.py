@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from megachat.checkpoint.huggingface import save_huggingface
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, SftLoader, endless
-from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.ops.registry import Backend
-from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import SftBatch
 from megachat.rlhf.objectives import SftObjective
 from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.data_rows import prepare_rows
 from megachat.stages.loop import export_files, held_out_batches
 from megachat.stages.results import StageResult
 from megachat.stages.roles import start_model
@@ -28,8 +27,7 @@ def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> Stag
     """Trains the supervised model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.sft, context.config.models.actor
-    data = build_stage_data(context.config.data, stage=Stage.SFT, tokenizer=context.tokenizer)
-    store_barrier("preparing the data")
+    data = prepare_rows(context, Stage.SFT)
     loader = SftLoader(
         data.train,
         LoaderOptions(

@@ -31,9 +31,9 @@ _LEAST_VOCABULARY = 1024
 _SHORTEST_LIMIT, _LONGEST_LIMIT = 16, 128
 """Tokens of a prompt and of an answer that a tiny model on a processor is given at most."""
 _LARGEST_BATCH = 32
-_SUPERVISED_STEPS, _PPO_STEPS = 150, 16
+_SUPERVISED_STEPS, _PPO_STEPS = 80, 8
 """Steps of a stage at most."""
-_MOST_EPOCHS = 10
+_MOST_EPOCHS = 6
 _LEAST_ROWS = 2
 """Rows of a stage: one to train on and one that is held out."""
 
@@ -241,7 +241,8 @@ def _data_lines(sources: Sequence[SourceConfig], plan: _Plan) -> Iterator[str]:
     yield ""
     yield "[data]"
     yield f"max_prompt_tokens = {plan.prompt_tokens}   # longer prompts are left out and counted"
-    yield f"max_tokens = {plan.prompt_tokens + plan.answer_tokens}          # longer answers are cut"
+    most = plan.prompt_tokens + plan.answer_tokens
+    yield f"max_tokens = {most}          # longer answers are cut"
     yield "validation_share = 0.1"
     yield "split = [2, 4, 4]        # shares of rows for SFT, reward model and PPO"
     yield ""
@@ -309,7 +310,7 @@ def _stage_lines(plan: _Plan) -> Iterator[str]:
     yield f"max_new_tokens = {plan.answer_tokens}"
     yield ""
     yield "[rlhf.ppo.reward]"
-    yield "normalization_samples = 64"
+    yield "normalization_samples = 32"
     yield ""
     yield "[rlhf.actor_optimizer]"
     yield "learning_rate = 3e-4"

@@ -199,7 +199,7 @@ def _parts(index: Path) -> list[str]:
     """Files that an index of weights names; one that cannot be read names itself."""
     try:
         return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{index.name} (readable)"]
 
 

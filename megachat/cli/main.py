@@ -16,9 +16,12 @@ from typer.exceptions import TyperException
 
 from megachat.cli import start
 from megachat.cli.build_kernels import build_kernels
+from megachat.cli.data import data
 from megachat.cli.fetch import fetch
+from megachat.cli.init import init
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
+from megachat.errors import MegachatError
 from megachat.parallel.signals import Signalled
 
 if TYPE_CHECKING:
@@ -273,6 +276,8 @@ def _errors_in_one_line() -> Iterator[None]:
 app.command()(_errors_in_one_line()(plan))
 app.command()(_errors_in_one_line()(build_kernels))
 app.command()(_errors_in_one_line()(fetch))
+app.command()(_errors_in_one_line()(data))
+app.command()(_errors_in_one_line()(init))
 
 if __name__ == "__main__":
     main()

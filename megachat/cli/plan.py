@@ -227,9 +227,12 @@ def architecture(model: str) -> "OptConfig":
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
-    return OptConfig.from_huggingface(values)
+    try:
+        return OptConfig.from_huggingface(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_layout(text: str) -> "ParallelLayout":

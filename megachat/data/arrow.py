@@ -77,7 +77,7 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
                 for value in batch.to_pylist():
                     row += 1
                     yield value
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: not a readable Parquet file after row {row}: {first_line(error)}"
         ) from error

@@ -1,24 +1,28 @@
-"""The one place for the settings of the data: sources, how they are split, and length limits."""
+"""Holds the settings of the data: sources, how they are split, and length limits."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megachat.config import ConfigModel, PathField
-from megachat.data.formats import COMMON_FORMAT, FORMATS, unknown_name
+from megachat.data.chat import ChatConfig
+from megachat.data.formats import FORMATS, Stage, unknown_name
+from megachat.data.own_formats import OWN_FORMATS, Render
 
-
-class Stage(StrEnum):
-    """What rows are prepared for; the order is that of the split weights."""
-
-    SFT = "sft"
-    """Step 1: prompt and chosen answer, for next-token training."""
-    REWARD = "reward"
-    """Step 2: pairs of a chosen and a rejected answer."""
-    PROMPTS = "prompts"
-    """Step 3: prompts alone, to be answered by the actor."""
+__all__ = [
+    "ColumnsConfig",
+    "DataConfig",
+    "LongAnswers",
+    "LongPrompts",
+    "Recipe",
+    "SentencePieceConfig",
+    "SourceConfig",
+    "Stage",
+    "Whitespace",
+]
 
 
 class Recipe(StrEnum):
@@ -61,17 +65,45 @@ SplitWeights = Annotated[
 """Relative shares of the rows for SFT, reward model and PPO prompts."""
 
 
-class SourceConfig(ConfigModel):
-    """One data set."""
+class ColumnsConfig(ConfigModel):
+    """What the columns of one's own rows are called, by the name that formats know.
 
-    name: str
-    """A known data set (see `megachat.data.formats.FORMATS`), or any name for your own `path`."""
+    Example: `columns = {prompt = "question", chosen = "answer"}`.
+    """
+
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """The column of the file by the known name; those that are renamed only."""
+        return {name: column for name, column in self if column is not None}
+
+
+class SourceConfig(ConfigModel):
+    """One data set: a known one by `name`, or one's own by `path`."""
+
+    name: str = ""
+    """A known data set (see `megachat.data.formats.FORMATS`), or any name for your own `path`; by
+    default the file name of `path`."""
     path: PathField | None = None
-    """A local copy: a .json, .jsonl or .parquet file, a folder of such files, or a folder written
-    by `datasets.Dataset.save_to_disk`. None takes the data set from the hub or its cache."""
+    """A local copy: a .json, .jsonl, .csv, .tsv or .parquet file (text also with .gz), a folder of
+    such files, or a folder written by `datasets.Dataset.save_to_disk`. None takes the data set from
+    the hub or its cache."""
     format: str | None = None
-    """Name of the data set whose fields the rows have; None means that of `name`, and `common`
-    (prompt, chosen, rejected) where `name` is not a known data set."""
+    """Name of the data set whose fields the rows have, or one of
+    `megachat.data.own_formats.OWN_FORMATS`; None means that of `name`, and where `name` is not a
+    known data set, what the rows themselves say."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Other names of the fields, for your own `path`."""
+    render: Annotated[Render, Field(strict=False)] = Render.VERBATIM
+    """Whether prompts that come as texts are used as they are, or get the marks of `data.chat`."""
     subset: str | None = None
     """Configuration name of a hub data set that has several."""
     revision: str | None = None
@@ -85,24 +117,46 @@ class SourceConfig(ConfigModel):
     max_rows: Annotated[int, Field(gt=0)] | None = None
     """Read at most this many raw records; None reads all."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_path(cls, values: Any) -> Any:
+        """Names a source after its file; a folder that is called like a known set is not one."""
+        if not isinstance(values, Mapping) or values.get("name") or not values.get("path"):
+            return values
+        path = values["path"]
+        if not isinstance(path, str | Path):
+            return values
+        name = Path(path).name or str(path)
+        return {**values, "name": f"{name}/" if name in FORMATS else name}
+
     @model_validator(mode="after")
     def _known_format(self) -> Self:
-        if self.format is not None and self.format not in FORMATS:
-            raise ValueError(unknown_name("format", self.format))
+        if not self.name:
+            raise ValueError("give a path of your own data, or the name of a known data set")
+        if self.format is not None and self.format not in (*FORMATS, *OWN_FORMATS):
+            raise ValueError(
+                unknown_name("format", self.format, known_names=(*FORMATS, *OWN_FORMATS))
+            )
         if self.path is None and self.name not in FORMATS:
             raise ValueError(f"{unknown_name('name', self.name)}, or give a path")
         if self.path is None and FORMATS[self.name].needs_path:
             raise ValueError(f"data set '{self.name}' needs a path")
         if self.split is not None and not sum(self.split):
             raise ValueError(f"split of '{self.name}': at least one of the shares must be > 0")
+        is_known = self.format_name is not None and self.format_name in FORMATS
+        if is_known and (self.columns.names or self.render is not Render.VERBATIM):
+            raise ValueError(
+                f"columns and render of '{self.name}' are for rows of your own, but the fields of "
+                f"'{self.format_name}' are known: leave them out"
+            )
         return self
 
     @property
-    def format_name(self) -> str:
-        """Name of the format of the rows."""
+    def format_name(self) -> str | None:
+        """Name of the format of the rows; None where they say it themselves."""
         if self.format is not None:
             return self.format
-        return self.name if self.name in FORMATS else COMMON_FORMAT
+        return self.name if self.name in FORMATS else None
 
 
 class DataConfig(ConfigModel):
@@ -110,8 +164,11 @@ class DataConfig(ConfigModel):
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
     """The data sets, blended by their weights."""
+    chat: ChatConfig = ChatConfig()
+    """What stands before the turns of conversations, in training and in the exported template."""
     split: SplitWeights = (2.0, 4.0, 4.0)
-    """Shares of each source for SFT, reward model and PPO prompts; the parts are disjoint."""
+    """Shares of each source for SFT, reward model and PPO prompts; the parts are disjoint. A step
+    that the rows of a source cannot serve (no pairs, no prompts) gets none of them."""
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of a stage's rows that is held out where a source has no validation rows of its own."""
     max_validation_rows: Annotated[int, Field(gt=0)] | None = 2000
@@ -164,11 +221,24 @@ class DataConfig(ConfigModel):
         return self.split if source.split is None else source.split
 
 
+class Whitespace(StrEnum):
+    """What becomes of line breaks, tabs and forms of characters before text is cut into pieces."""
+
+    KEEP = "keep"
+    """All text stays as it is, so decoding gives back what was encoded."""
+    FOLD = "fold"
+    """Line breaks and tabs become spaces, and characters their simplest form (NFKC)."""
+
+
 class SentencePieceConfig(ConfigModel):
     """How to train a small sentencepiece unigram vocabulary."""
 
     vocab_size: Annotated[int, Field(gt=8)] = 4096
     """Number of pieces, the four control tokens and the markers included."""
+    smaller_if_needed: bool = False
+    """Whether text that does not yield so many pieces gives a smaller vocabulary, not an error."""
+    whitespace: Annotated[Whitespace, Field(strict=False)] = Whitespace.KEEP
+    """Whether line breaks survive."""
     character_coverage: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9995
     """Share of the characters of the text that get a piece; the rest becomes `<unk>`."""
     user_defined_symbols: Annotated[tuple[str, ...], Field(strict=False)] = ("<human>", "<bot>")

@@ -1,4 +1,4 @@
-"""The one place where raw records become common rows on disk, and bad ones are counted.
+"""Turns raw records into common rows on disk, and counts the bad ones.
 
 Rows are streamed into Arrow files in blocks, so a source of any size needs the memory of one block.
 """
@@ -6,26 +6,35 @@ Rows are streamed into Arrow files in blocks, so a source of any size needs the 
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megachat.data.arrow import ROWS_AT_ONCE, TEXT, write_arrow
-from megachat.data.config import SourceConfig
+from megachat.data.chat import ChatConfig
+from megachat.data.config import SourceConfig, Stage
 from megachat.data.formats import FORMATS, Row, RowError, RowFunction
+from megachat.data.own_formats import (
+    OWN_FORMATS,
+    OwnFormat,
+    Rendering,
+    find_format,
+    rename_columns,
+)
 from megachat.data.records_io import RawRecord
 from megachat.data.sources import TRAIN, OpenSource
 from megachat.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """Part of the cache key of converted rows; raised when a conversion changes."""
 
 ROW_COLUMNS = {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
-"""The common row on disk; `rejected` is null where there is none."""
+"""The common row on disk; an answer is null where there is none."""
 
 _LOGGED_PROBLEMS = 5
 _REPORT_FILE = "rows.json"
@@ -47,21 +56,86 @@ class ConversionReport:
     """Bad records by reason."""
     first_problem: str = ""
     """File, row and reason of the first bad record."""
+    format: str = ""
+    """Name of the format of the rows."""
+    found: str = ""
+    """Why this format was taken, where the rows themselves said it."""
+    serving: dict[str, int] = field(default_factory=dict)
+    """Rows that can serve each step, by its name."""
 
 
-def convert_source(source: SourceConfig, opened: OpenSource, folder: Path) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Reading:
+    """How the records of a source are read."""
+
+    rows: RowFunction
+    format: str
+    found: str
+
+
+def convert_source(
+    source: SourceConfig, opened: OpenSource, folder: Path, *, chat: ChatConfig
+) -> None:
     """Writes one Arrow file per split of a source and a report beside them.
 
+    Args:
+        source: The settings of the source.
+        opened: Its records.
+        folder: Where to write.
+        chat: What stands before the turns of conversations.
+
     Raises:
-        DataError: A file is broken as a whole.
+        DataError: A file is broken as a whole, or its rows are of no known format.
     """
+    reading = _reading(source, opened, chat=chat)
     reports = {}
     for split, read in opened.splits.items():
-        converter = _Converter(source=source, rows=FORMATS[source.format_name].rows)
+        converter = _Converter(source=source, reading=reading)
         write_arrow(folder / f"{split}.arrow", ROW_COLUMNS, converter.blocks(read()))
         converter.log(split)
         reports[split] = asdict(converter.report)
     (folder / _REPORT_FILE).write_text(json.dumps(reports, allow_nan=False))
+
+
+def _reading(source: SourceConfig, opened: OpenSource, *, chat: ChatConfig) -> _Reading:
+    """The rules for the records of a source: those of its format, given or found."""
+    name, found = source.format_name, ""
+    if name is not None and name in FORMATS:
+        return _Reading(rows=FORMATS[name].rows, format=name, found=found)
+    columns = source.columns.names
+    if name is None:
+        records = opened.splits[TRAIN]()
+        look = find_format(_renamed(records, columns), source=str(source.path))
+        name, found = look.name, look.reason
+    style = Rendering(chat=chat, render=source.render)
+    rows = partial(_own_rows, columns=columns, known=OWN_FORMATS[name], style=style)
+    return _Reading(rows=rows, format=name, found=found)
+
+
+def _renamed(records: Iterator[RawRecord], columns: Mapping[str, str]) -> Iterator[RawRecord]:
+    """The records under the names that formats know; one that lacks a named field has none.
+
+    Raises:
+        DataError: The first record lacks a named field, so that the name must be wrong.
+    """
+    for place, record in enumerate(records):
+        try:
+            value = None if record.value is None else rename_columns(record.value, columns)
+        except RowError as error:
+            if place == 0:
+                there = ", ".join(ascii(str(name))[1:-1] for name in record.value or ())
+                raise DataError(
+                    f"{record.file} row {record.row}: {error}, which columns names; there are "
+                    f"{there}"
+                ) from error
+            value = None
+        yield replace(record, value=value)
+
+
+def _own_rows(
+    record: Mapping[str, Any], *, columns: Mapping[str, str], known: OwnFormat, style: Rendering
+) -> Sequence[Row]:
+    return known.rows(rename_columns(record, columns), style)
 
 
 def check_reports(
@@ -79,7 +153,7 @@ def check_reports(
             raise DataError(
                 f"{name}: {report.bad} of {report.records} records are unusable, more than "
                 f"max_bad_share {max_bad_share:g} allows; the first is {report.first_problem} "
-                f"(expected the fields of '{source.format_name}')"
+                f"(expected the fields of '{report.format}')"
             )
         if split == TRAIN and not report.rows:
             raise DataError(
@@ -97,10 +171,14 @@ def read_reports(folder: Path) -> Mapping[str, ConversionReport]:
 class _Converter:
     """One pass over the records of a split."""
 
-    def __init__(self, *, source: SourceConfig, rows: RowFunction) -> None:
-        self.report = ConversionReport()
+    def __init__(self, *, source: SourceConfig, reading: _Reading) -> None:
+        self.report = ConversionReport(
+            format=reading.format,
+            found=reading.found,
+            serving={stage.value: 0 for stage in Stage},
+        )
         self._source = source
-        self._rows = rows
+        self._rows = reading.rows
         self._reasons: Counter[str] = Counter()
 
     def blocks(self, records: Iterator[RawRecord]) -> Iterator[dict[str, list[Any]]]:
@@ -119,6 +197,15 @@ class _Converter:
         """Says what was left out."""
         report = self.report
         report.reasons = dict(self._reasons.most_common())
+        _LOG.info(
+            "data set %s [%s]: %d rows of format %s%s, of use to %s",
+            self._source.name,
+            split,
+            report.rows,
+            report.format,
+            f" ({report.found})" if report.found else "",
+            ", ".join(stage for stage, rows in report.serving.items() if rows) or "no step",
+        )
         if report.bad:
             _LOG.warning(
                 "data set %s [%s]: %d of %d records are unusable: %s",
@@ -139,6 +226,9 @@ class _Converter:
             self._count_bad(record, str(problem))
             return []
         self.report.unanswered += not rows
+        for row in rows:
+            for stage in row.stages:
+                self.report.serving[stage.value] += 1
         return rows
 
     def _count_bad(self, record: RawRecord, reason: str) -> None:

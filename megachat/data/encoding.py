@@ -1,4 +1,4 @@
-"""The one place where texts become token rows: control tokens, length limits and their counts.
+"""Turns texts into token rows: control tokens, length limits and their counts.
 
 A row is `[bos] prompt | answer eos`. Prompt and answer are tokenised apart, as in generation, where
 the prompt is all there is; so the boundary between them is the same everywhere.
@@ -15,7 +15,7 @@ from megachat.data.config import DataConfig, LongAnswers, LongPrompts, Stage
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import DataError
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of the cache key of tokenised rows; raised when an encoding changes."""
 
 _TEXTS = {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}
@@ -51,6 +51,7 @@ class Outcome(StrEnum):
     LONG_PROMPT = "dropped: prompt longer than max_prompt_tokens"
     LONG_ANSWER = "dropped: answer too long"
     SHORT_ANSWER = "dropped: answer shorter than min_answer_tokens"
+    NO_ANSWER = "dropped: no answer"
     NO_REJECTED = "dropped: no rejected answer"
     NO_DIFFERENCE = "dropped: no difference left after truncation"
     CUT_PROMPT = "kept: prompt truncated on the left"
@@ -73,7 +74,7 @@ class TextRows:
     """Name of the data set, for messages."""
     ids: Sequence[int]
     prompts: Sequence[str]
-    chosen: Sequence[str]
+    chosen: Sequence[str | None]
     rejected: Sequence[str | None]
 
 
@@ -122,16 +123,17 @@ class StageEncoder:
         nothing: list[list[int] | None] = [None] * len(prompts)
         chosen, rejected = nothing, nothing
         if self._stage is not Stage.PROMPTS:
-            chosen = list(self._tokenizer.encode_batch(rows.chosen))
+            chosen = self._encode_answers(rows.chosen)
         if self._stage is Stage.REWARD:
-            texts = [text or "" for text in rows.rejected]
-            rejected = [
-                None if text is None else tokens
-                for text, tokens in zip(
-                    rows.rejected, self._tokenizer.encode_batch(texts), strict=True
-                )
-            ]
+            rejected = self._encode_answers(rows.rejected)
         return list(zip(prompts, chosen, rejected, strict=True))
+
+    def _encode_answers(self, texts: Sequence[str | None]) -> list[list[int] | None]:
+        """Tokens of each answer that there is."""
+        encoded = self._tokenizer.encode_batch([text or "" for text in texts])
+        return [
+            None if text is None else tokens for text, tokens in zip(texts, encoded, strict=True)
+        ]
 
     def _encode_row(
         self,
@@ -141,10 +143,13 @@ class StageEncoder:
         chosen: list[int] | None,
         rejected: list[int] | None,
     ) -> dict[str, Any]:
+        if self._stage is not Stage.PROMPTS and chosen is None:
+            raise _DroppedRowError(Outcome.NO_ANSWER)
         if self._stage is Stage.REWARD and rejected is None:
             raise _DroppedRowError(Outcome.NO_REJECTED)
         cuts: Counter[Outcome] = Counter()
-        start = self._fit_prompt(prompt, rows.source, cuts)
+        is_text = self._stage is Stage.SFT and not rows.prompts[index]
+        start = self._begin() if is_text else self._fit_prompt(prompt, rows.source, cuts)
         answers = [
             start + self._fit_answer(answer, room=self._config.max_tokens - len(start), cuts=cuts)
             for answer in (chosen, rejected)
@@ -165,9 +170,13 @@ class StageEncoder:
             return columns | {"chosen_tokens": rows[0], "rejected_tokens": rows[1]}
         return columns | {"tokens": rows[0]}
 
+    def _begin(self) -> list[int]:
+        """What every row starts with; all that there is before a text without a prompt."""
+        return [self._tokenizer.bos_id] if self._tokenizer.adds_bos else []
+
     def _fit_prompt(self, prompt: list[int], source: str, cuts: Counter[Outcome]) -> list[int]:
         """The prompt with its beginning of sequence, within its limit."""
-        bos = [self._tokenizer.bos_id] if self._tokenizer.adds_bos else []
+        bos = self._begin()
         limit = self._config.max_prompt_tokens - len(bos)
         if len(prompt) > limit:
             policy = self._config.long_prompts

@@ -1,4 +1,4 @@
-"""The one place that knows the fields of the public data sets.
+"""Turns the records of the public data sets into common rows: a prompt and its answers.
 
 Each data set is a small pure function from one raw record to common rows. A function returns no
 row where the record is sound but has no answer, and raises `RowError` where it is broken. The
@@ -9,17 +9,26 @@ prompt template of the data sets that do not bring their own is DeepSpeed-Chat's
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
-
-COMMON_FORMAT = "common"
-"""Name of the format of a user's own rows: prompt, chosen and, for pairs, rejected."""
 
 _CITATION = re.compile(r"\s?\[\d+(?:\s*[,;-]\s*\d+)*\]")
 _ROLES = MappingProxyType({"USER:": "Human:", "ASSISTANT:": "Assistant:"})
 _ROLE = re.compile("|".join(_ROLES))
+
+
+class Stage(StrEnum):
+    """What rows are prepared for; the order is that of the split weights."""
+
+    SFT = "sft"
+    """Step 1: prompt and chosen answer, for next-token training."""
+    REWARD = "reward"
+    """Step 2: pairs of a chosen and a rejected answer."""
+    PROMPTS = "prompts"
+    """Step 3: prompts alone, to be answered by the actor."""
 
 
 class RowError(Exception):
@@ -28,30 +37,52 @@ class RowError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One prompt with its preferred answer and, in preference data, a worse one.
+    """What one record gives: a prompt, its preferred answer and, in preference data, a worse one.
 
     The texts are concatenated as they are, so an answer brings its own leading space.
     """
 
     prompt: str
-    chosen: str
+    """Empty where there is text alone, which then is the answer to nothing."""
+    chosen: str | None = None
+    """None where there is a prompt alone."""
     rejected: str | None = None
 
     def __post_init__(self) -> None:
         """Refuses rows that no stage can use."""
-        for field, text in (("prompt", self.prompt), ("chosen", self.chosen)):
-            if not isinstance(text, str):
-                raise RowError(f"{field} is {type(text).__name__}, not text")
-            if not text.strip():
-                raise RowError(f"{field} is empty")
+        if self.prompt != "" or self.chosen is None:
+            _check_text("prompt", self.prompt)
+        if self.chosen is not None:
+            _check_text("chosen", self.chosen)
         if self.rejected is None:
             return
-        if not isinstance(self.rejected, str):
-            raise RowError(f"rejected is {type(self.rejected).__name__}, not text")
-        if not self.rejected.strip():
-            raise RowError("rejected is empty")
+        _check_text("rejected", self.rejected)
         if self.rejected == self.chosen:
             raise RowError("chosen and rejected are equal")
+
+    @property
+    def stages(self) -> frozenset[Stage]:
+        """The stages that this row can serve."""
+        if self.chosen is None:
+            return frozenset({Stage.PROMPTS})
+        if not self.prompt:
+            return frozenset({Stage.SFT})
+        return frozenset(Stage) - (frozenset({Stage.REWARD}) if self.rejected is None else set())
+
+
+def _check_text(field: str, text: Any) -> None:
+    """Refuses what is no text, is blank, or cannot be written as UTF-8."""
+    if not isinstance(text, str):
+        raise RowError(f"{field} is {type(text).__name__}, not text")
+    if not text.strip():
+        raise RowError(f"{field} is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{field} is not valid text: U+{ord(text[error.start]):04X} is half a surrogate pair, "
+            "or a byte that is not UTF-8"
+        ) from error
 
 
 RowFunction = Callable[[Mapping[str, Any]], Sequence[Row]]
@@ -70,14 +101,21 @@ class DataFormat:
     """Whether a path must be given."""
 
 
-def unknown_name(key: str, name: str) -> str:
-    """The complaint about a name that is not in `FORMATS`, with near names."""
-    near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.5)
+def unknown_name(key: str, name: str, *, known_names: Iterable[str] | None = None) -> str:
+    """The complaint about a name that is not among the known ones, with near names.
+
+    Args:
+        key: What has the name.
+        name: The name.
+        known_names: None means those of `FORMATS`.
+    """
+    names = tuple(FORMATS if known_names is None else known_names)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if not near:
-        ends = {known.rpartition("/")[2]: known for known in FORMATS}
+        ends = {known.rpartition("/")[2]: known for known in names}
         matches = difflib.get_close_matches(name.rpartition("/")[2], ends, n=3, cutoff=0.5)
         near = [ends[end] for end in matches]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(FORMATS))}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(names))}"
     return f"{key}: unknown data set '{name}' ({hint})"
 
 
@@ -86,7 +124,7 @@ def question(text: str) -> str:
     return f" Human: {text} Assistant:"
 
 
-def _field(record: Mapping[str, Any], *path: str | int) -> Any:
+def field_of(record: Mapping[str, Any], *path: str | int) -> Any:
     """The value at `path` inside a record; missing or null is a `RowError`."""
     value: Any = record
     for depth, key in enumerate(path):
@@ -101,9 +139,9 @@ def _field(record: Mapping[str, Any], *path: str | int) -> Any:
     return value
 
 
-def _text(record: Mapping[str, Any], *path: str | int) -> str:
+def text_of(record: Mapping[str, Any], *path: str | int) -> str:
     """The non-empty text at `path` inside a record."""
-    value = _field(record, *path)
+    value = field_of(record, *path)
     where = ".".join(str(part) for part in path)
     if not isinstance(value, str):
         raise RowError(f"field {where} is {type(value).__name__}, not text")
@@ -113,19 +151,19 @@ def _text(record: Mapping[str, Any], *path: str | int) -> str:
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
-    value = _field(record, key)
+    value = field_of(record, key)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RowError(f"field {key} is not a number")
     return number
 
 
-def _items(record: Mapping[str, Any], *path: str) -> list[Any]:
+def items_of(record: Mapping[str, Any], *path: str) -> list[Any]:
     """A list; one of structures may also be stored as a structure of lists."""
-    value = _field(record, *path)
+    value = field_of(record, *path)
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, item, strict=True)) for item in zip(*value.values(), strict=False)]
     if not isinstance(value, list):
@@ -133,12 +171,12 @@ def _items(record: Mapping[str, Any], *path: str) -> list[Any]:
     return value
 
 
-def _verbatim(record: Mapping[str, Any]) -> Sequence[Row]:
+def verbatim(record: Mapping[str, Any]) -> Sequence[Row]:
     """Fields prompt, chosen and optionally rejected, used as they are."""
     return [
         Row(
-            prompt=_text(record, "prompt"),
-            chosen=_text(record, "chosen"),
+            prompt=text_of(record, "prompt"),
+            chosen=text_of(record, "chosen"),
             rejected=record.get("rejected"),
         )
     ]
@@ -146,11 +184,11 @@ def _verbatim(record: Mapping[str, Any]) -> Sequence[Row]:
 
 def _local_json(record: Mapping[str, Any]) -> Sequence[Row]:
     """DeepSpeed-Chat's local JSON: the common fields without their leading spaces."""
-    rejected = None if record.get("rejected") is None else f" {_text(record, 'rejected')}"
+    rejected = None if record.get("rejected") is None else f" {text_of(record, 'rejected')}"
     return [
         Row(
-            prompt=f" {_text(record, 'prompt')}",
-            chosen=f" {_text(record, 'chosen')}",
+            prompt=f" {text_of(record, 'prompt')}",
+            chosen=f" {text_of(record, 'chosen')}",
             rejected=rejected,
         )
     ]
@@ -159,9 +197,9 @@ def _local_json(record: Mapping[str, Any]) -> Sequence[Row]:
 def _synthetic_instruct(record: Mapping[str, Any]) -> Sequence[Row]:
     return [
         Row(
-            prompt=question(_text(record, "prompt")),
-            chosen=f" {_text(record, 'chosen')}",
-            rejected=f" {_text(record, 'rejected')}",
+            prompt=question(text_of(record, "prompt")),
+            chosen=f" {text_of(record, 'chosen')}",
+            rejected=f" {text_of(record, 'rejected')}",
         )
     ]
 
@@ -169,23 +207,23 @@ def _synthetic_instruct(record: Mapping[str, Any]) -> Sequence[Row]:
 def _rlhf_reward(record: Mapping[str, Any]) -> Sequence[Row]:
     """The answers repeat the `Assistant:` tag, which belongs to the prompt."""
     chosen, rejected = (
-        _text(record, key).rpartition("Assistant:")[2] for key in ("chosen", "rejected")
+        text_of(record, key).rpartition("Assistant:")[2] for key in ("chosen", "rejected")
     )
     return [
-        Row(prompt=f"{_text(record, 'prompt')}Assistant:", chosen=chosen, rejected=rejected),
+        Row(prompt=f"{text_of(record, 'prompt')}Assistant:", chosen=chosen, rejected=rejected),
     ]
 
 
 def _webgpt(record: Mapping[str, Any]) -> Sequence[Row]:
     """The better scored answer is chosen, citations such as [1] removed; a tie is no preference."""
     answers = [
-        (_number(record, f"score_{side}"), _CITATION.sub("", _text(record, f"answer_{side}")))
+        (_number(record, f"score_{side}"), _CITATION.sub("", text_of(record, f"answer_{side}")))
         for side in (0, 1)
     ]
     (best, chosen), (worst, rejected) = sorted(answers, key=lambda item: -item[0])
     return [
         Row(
-            prompt=question(_text(record, "question", "full_text")),
+            prompt=question(text_of(record, "question", "full_text")),
             chosen=f" {chosen}",
             rejected=None if best == worst else f" {rejected}",
         )
@@ -194,67 +232,70 @@ def _webgpt(record: Mapping[str, Any]) -> Sequence[Row]:
 
 def _shp(record: Mapping[str, Any]) -> Sequence[Row]:
     """Label 1 prefers answer A, label 0 answer B."""
-    label = _field(record, "labels")
+    label = field_of(record, "labels")
     if label not in (0, 1):
         raise RowError("field labels is neither 0 nor 1")
     better, worse = ("A", "B") if label == 1 else ("B", "A")
     return [
         Row(
-            prompt=question(_text(record, "history")),
-            chosen=f" {_text(record, f'human_ref_{better}')}",
-            rejected=f" {_text(record, f'human_ref_{worse}')}",
+            prompt=question(text_of(record, "history")),
+            chosen=f" {text_of(record, f'human_ref_{better}')}",
+            rejected=f" {text_of(record, f'human_ref_{worse}')}",
         )
     ]
 
 
 def _sharegpt_vicuna(record: Mapping[str, Any]) -> Sequence[Row]:
     """Conversations with USER: and ASSISTANT: tags; the label is the last answer."""
-    prompt = _ROLE.sub(lambda match: _ROLES[match.group()], _text(record, "prompt"))
-    return [Row(prompt=prompt, chosen=f" {_text(record, 'label')}")]
+    prompt = _ROLE.sub(lambda match: _ROLES[match.group()], text_of(record, "prompt"))
+    return [Row(prompt=prompt, chosen=f" {text_of(record, 'label')}")]
 
 
 def _zhihu(record: Mapping[str, Any]) -> Sequence[Row]:
     return [
-        Row(prompt=question(_text(record, "INSTRUCTION")), chosen=f" {_text(record, 'RESPONSE')}")
+        Row(
+            prompt=question(text_of(record, "INSTRUCTION")),
+            chosen=f" {text_of(record, 'RESPONSE')}",
+        )
     ]
 
 
 def _miracl(record: Mapping[str, Any]) -> Sequence[Row]:
     """The first relevant passage against the first irrelevant one, where there are such."""
-    relevant = _items(record, "positive_passages")
+    relevant = items_of(record, "positive_passages")
     if not relevant:
         return []
-    irrelevant = _items(record, "negative_passages") if record.get("negative_passages") else []
+    irrelevant = items_of(record, "negative_passages") if record.get("negative_passages") else []
     return [
         Row(
-            prompt=question(_text(record, "query")),
-            chosen=f" {_text(relevant[0], 'text')}",
-            rejected=f" {_text(irrelevant[0], 'text')}" if irrelevant else None,
+            prompt=question(text_of(record, "query")),
+            chosen=f" {text_of(relevant[0], 'text')}",
+            rejected=f" {text_of(irrelevant[0], 'text')}" if irrelevant else None,
         )
     ]
 
 
 def _hc3(record: Mapping[str, Any]) -> Sequence[Row]:
     """The first human answer; ChatGPT's answers are not used."""
-    answers = _items(record, "human_answers")
+    answers = items_of(record, "human_answers")
     if not answers or answers[0] is None:
         return []
     return [
         Row(
-            prompt=question(_text(record, "question")),
-            chosen=f" {_text(record, 'human_answers', 0)}",
+            prompt=question(text_of(record, "question")),
+            chosen=f" {text_of(record, 'human_answers', 0)}",
         )
     ]
 
 
 def _mkqa(record: Mapping[str, Any], *, language: str) -> Sequence[Row]:
     """The first answer in one language; many questions are marked as unanswerable."""
-    prompt = question(_text(record, "queries", language))
-    answers = _items(record, "answers", language)
+    prompt = question(text_of(record, "queries", language))
+    answers = items_of(record, "answers", language)
     first = answers[0] if answers else None
     if first is None or (isinstance(first, Mapping) and first.get("text") is None):
         return []
-    return [Row(prompt=prompt, chosen=f" {_text(first, 'text')}")]
+    return [Row(prompt=prompt, chosen=f" {text_of(first, 'text')}")]
 
 
 def _mkqa_chinese(record: Mapping[str, Any]) -> Sequence[Row]:
@@ -267,19 +308,24 @@ def _mkqa_japanese(record: Mapping[str, Any]) -> Sequence[Row]:
 
 def _jaquad_question(record: Mapping[str, Any]) -> Sequence[Row]:
     """The sentence that holds the answer."""
-    return [Row(prompt=question(_text(record, "question")), chosen=f" {_text(record, 'sentence')}")]
+    return [
+        Row(prompt=question(text_of(record, "question")), chosen=f" {text_of(record, 'sentence')}")
+    ]
 
 
 def _jaquad_pairs(record: Mapping[str, Any]) -> Sequence[Row]:
     """The first question of a paragraph, answered by the paragraph."""
     return [
-        Row(prompt=question(_text(record, "questions", 0)), chosen=f" {_text(record, 'paragraph')}")
+        Row(
+            prompt=question(text_of(record, "questions", 0)),
+            chosen=f" {text_of(record, 'paragraph')}",
+        )
     ]
 
 
 _HUB: Mapping[str, RowFunction] = {
-    "Dahoas/rm-static": _verbatim,
-    "Dahoas/full-hh-rlhf": _verbatim,
+    "Dahoas/rm-static": verbatim,
+    "Dahoas/full-hh-rlhf": verbatim,
     "Dahoas/synthetic-instruct-gptj-pairwise": _synthetic_instruct,
     "yitingxie/rlhf-reward-datasets": _rlhf_reward,
     "openai/webgpt_comparisons": _webgpt,
@@ -299,9 +345,8 @@ FORMATS: Mapping[str, DataFormat] = MappingProxyType(
         "mkqa-Chinese": DataFormat(rows=_mkqa_chinese, hub_name="apple/mkqa"),
         "mkqa-Japanese": DataFormat(rows=_mkqa_japanese, hub_name="apple/mkqa"),
         "local/jsonfile": DataFormat(rows=_local_json, needs_path=True),
-        COMMON_FORMAT: DataFormat(rows=_verbatim, needs_path=True),
-        "chitchat": DataFormat(rows=_verbatim),
-        "chitchat-upbeat": DataFormat(rows=_verbatim),
+        "chitchat": DataFormat(rows=verbatim),
+        "chitchat-upbeat": DataFormat(rows=verbatim),
     }
 )
 """Every data set that a configuration can name."""

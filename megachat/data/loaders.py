@@ -197,7 +197,7 @@ class SftLoader(BatchLoader[SftBatch]):
         (tokens,), (lengths,) = self._pad([table["tokens"]])
         first_target = torch.ones_like(lengths)
         if self.rows.recipe is Recipe.ANSWERS:
-            first_target = _int64(table["prompt_length"])
+            first_target = _int64(table["prompt_length"]).clamp(min=1)  # 0 of a text alone
         columns = torch.arange(tokens.shape[1])
         loss_mask = (columns >= first_target[:, None]) & (columns < lengths[:, None])
         return SftBatch(tokens=tokens, lengths=lengths, loss_mask=loss_mask)

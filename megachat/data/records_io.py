@@ -1,13 +1,17 @@
-"""The one place that streams raw records out of files, each with its file and row number.
+"""Streams raw records out of files, each with its file and row number.
 
-Nothing here holds more than one block of a file in memory. A broken line of a JSONL file is a
-record with a `problem`, so that it can be counted; a file that is broken as a whole is a
+Nothing here holds more than one block of a file in memory. A broken line of a JSONL or CSV file is
+a record with a `problem`, so that it can be counted; a file that is broken as a whole is a
 `DataError`.
 """
 
 import codecs
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +23,18 @@ from megachat.errors import DataError
 _BLOCK_BYTES = 1 << 20
 _MAX_ITEM_BYTES = 64 << 20
 
-FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
-"""Kinds of files that can be read; a .json file holds one array, or one object per line."""
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+"""Kinds of text files that can be read, also with `.gz` behind; a .json file holds one array, or
+one object per line, and the first line of a .csv or .tsv file names the columns."""
+FILE_SUFFIXES = (*TEXT_SUFFIXES, PARQUET_SUFFIX)
+"""Kinds of files that can be read."""
+
+_COMPRESSED = ".gz"
+_DELIMITERS = ",;\t"
+"""What may stand between the cells of a .csv file; the one that its first line has most of does."""
+_SURPLUS = "\0surplus"
+"""Where the csv module puts cells beyond the last named column; no header has such a name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,26 +51,61 @@ class RawRecord:
     """Why it could not be read."""
 
 
+def is_data_file(path: Path) -> bool:
+    """Whether `read_file` reads files of such a name."""
+    compressed = path.suffix.lower() == _COMPRESSED
+    return file_kind(path) in (TEXT_SUFFIXES if compressed else FILE_SUFFIXES)
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that says how a file is read: `.jsonl` of `a.JSONL` and of `a.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [_COMPRESSED]:
+        del suffixes[-1]
+    return suffixes[-1] if suffixes else ""
+
+
 def read_file(path: Path) -> Iterator[RawRecord]:
-    """Streams the records of a .json, .jsonl or .parquet file.
+    """Streams the records of a file of one of the `FILE_SUFFIXES`.
 
     Raises:
         DataError: The file is missing, of another kind, or broken as a whole.
     """
-    if path.suffix not in FILE_SUFFIXES:
+    if not is_data_file(path):
         raise DataError(
-            f"{path}: cannot read '{path.suffix}' files, only {', '.join(FILE_SUFFIXES)}"
+            f"{path}: cannot read '{path.suffix}' files, only {', '.join(FILE_SUFFIXES)} (text "
+            f"also with {_COMPRESSED})"
         )
+    row = 0
     try:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path)
-            return
-        with path.open("rb") as file:
-            is_array = path.suffix == ".json" and _first_byte(file) == b"["
-            file.seek(len(codecs.BOM_UTF8) if _starts_with_mark(file) else 0)
-            yield from (_read_json_array if is_array else _read_json_lines)(path, file)
+        for record in _read(path):
+            yield record
+            row = record.row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}: not a whole gzip file: it breaks off after row {row}: {first_line(error)}"
+        ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path) -> Iterator[RawRecord]:
+    kind = file_kind(path)
+    if kind == PARQUET_SUFFIX:
+        yield from _read_parquet(path)
+        return
+    compressed = path.suffix.lower() == _COMPRESSED
+    opened = gzip.open(path, "rb") if compressed else path.open("rb")
+    with opened as stream:
+        file: BinaryIO = stream  # type: ignore[assignment]  # a GzipFile reads like any other
+        is_array = kind == ".json" and _first_byte(file) == b"["
+        file.seek(len(codecs.BOM_UTF8) if _starts_with_mark(file) else 0)
+        read: Callable[[Path, BinaryIO], Iterator[RawRecord]] = _read_json_lines
+        if kind in (".csv", ".tsv"):
+            read = _read_csv
+        elif is_array:
+            read = _read_json_array
+        yield from read(path, file)
 
 
 def read_dataset(dataset: Any, *, name: str) -> Iterator[RawRecord]:
@@ -80,12 +129,43 @@ def _read_json_lines(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
             continue
         try:
             value = json.loads(line)
+        except RecursionError:
+            yield _broken(path, row, "nested too deeply")
         except ValueError as error:  # not UTF-8, or not JSON
-            yield RawRecord(
-                file=str(path), row=row, value=None, problem=f"not JSON: {first_line(error)}"
-            )
+            yield _broken(path, row, f"not JSON: {first_line(error)}")
+        else:
+            yield _record(path, row, value)
+
+
+def _read_csv(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
+    """A line of column names, then rows of as many cells; blank lines are passed over.
+
+    Bytes that are not UTF-8 become characters that no row may hold (`errors="surrogateescape"`), so
+    that they cost one row and not the file.
+    """
+    csv.field_size_limit(_MAX_ITEM_BYTES)
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    head = text.readline()
+    delimiter = max(_DELIMITERS, key=head.count) if file_kind(path) == ".csv" else "\t"
+    names = next(csv.reader([head], delimiter=delimiter), [])
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: two columns have one name: {', '.join(map(ascii, names))}")
+    cells = csv.DictReader(text, names, delimiter=delimiter, restkey=_SURPLUS)
+    row = 0
+    while True:
+        row += 1
+        try:
+            value = next(cells)
+        except StopIteration:
+            text.detach()  # who opened the file closes it
+            return
+        except csv.Error as error:
+            yield _broken(path, row, f"not CSV: {first_line(error)}")
             continue
-        yield _record(path, row, value)
+        if _SURPLUS in value or None in value.values():
+            yield _broken(path, row, f"not as many cells as the {len(names)} named columns")
+        else:
+            yield _record(path, row, value)
 
 
 def _read_json_array(path: Path, file: BinaryIO) -> Iterator[RawRecord]:
@@ -138,6 +218,10 @@ class _TextWindow:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._start)
+            except RecursionError as error:
+                raise DataError(
+                    f"{self._path}: item {row} of the array is nested too deeply"
+                ) from error
             except ValueError as error:
                 too_big = len(self._text) - self._start > _MAX_ITEM_BYTES
                 if too_big or not self._refill():
@@ -174,7 +258,10 @@ class _TextWindow:
 def _record(path: Path, row: int, value: Any) -> RawRecord:
     if isinstance(value, dict):
         return RawRecord(file=str(path), row=row, value=value)
-    problem = f"the record is {type(value).__name__}, not an object"
+    return _broken(path, row, f"the record is {type(value).__name__}, not an object")
+
+
+def _broken(path: Path, row: int, problem: str) -> RawRecord:
     return RawRecord(file=str(path), row=row, value=None, problem=problem)
 
 

@@ -16,7 +16,13 @@ from megachat.data.cache import DataCache, content_key
 from megachat.data.config import SourceConfig
 from megachat.data.formats import FORMATS
 from megachat.data.messages import first_line
-from megachat.data.records_io import FILE_SUFFIXES, RawRecord, read_dataset, read_file
+from megachat.data.records_io import (
+    FILE_SUFFIXES,
+    RawRecord,
+    is_data_file,
+    read_dataset,
+    read_file,
+)
 from megachat.errors import DataError
 from megachat.hub import hub_is_reachable
 from megachat.locks import why_no_locks
@@ -151,7 +157,10 @@ def _training_files(folder: Path) -> dict[str, list[Path]]:
     Raises:
         DataError: There are none to train on.
     """
-    files = _group_files(folder)
+    try:
+        files = _group_files(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if not files.get(TRAIN):
         raise DataError(
             f"{folder}: holds neither a data set written by save_to_disk nor training rows in "
@@ -167,7 +176,7 @@ def _group_files(folder: Path) -> dict[str, list[Path]]:
         for parent in (folder, folder / "data")
         if parent.is_dir()
         for path in parent.iterdir()
-        if path.suffix in FILE_SUFFIXES
+        if is_data_file(path)
     )
     by_name: dict[str, list[Path]] = {}
     for path in found:

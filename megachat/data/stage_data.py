@@ -1,4 +1,4 @@
-"""The one place that prepares the data of a stage: convert, split, hold out, tokenise, report.
+"""Prepares the data of a stage: convert, split, hold out, tokenise, report.
 
 Everything lies memory-mapped in the cache folder. Each rank calls `build_stage_data` with equal
 arguments: the first one builds, the others wait and open the same files.
@@ -44,7 +44,19 @@ from megachat.errors import DataError
 _SOURCE_SHIFT = 40
 _VALIDATION_SHIFT = 39
 _REPORT_FILE = "report.json"
-_NOT_ENCODED = ("cache_dir", "recipe", "max_bad_share", "sources", "split")
+_LACKING: Mapping[Stage, str] = {
+    Stage.SFT: "there are no answers",
+    Stage.REWARD: "there are no pairs of chosen and rejected answers",
+    Stage.PROMPTS: "there are no prompts",
+}
+"""Why rows cannot serve a step."""
+_NEEDED: Mapping[Stage, str] = {
+    Stage.SFT: "prompts with answers, or texts",
+    Stage.REWARD: "pairs of chosen and rejected answers",
+    Stage.PROMPTS: "prompts",
+}
+"""What rows need to serve a step."""
+_NOT_ENCODED = ("cache_dir", "recipe", "max_bad_share", "sources", "split", "chat")
 """Settings that do not change the tokenised rows, or come with the sources."""
 
 
@@ -100,7 +112,7 @@ class TextRow:
     id: int
     """Identity of the row, equal to `PromptBatch.ids`."""
     prompt: str
-    chosen: str
+    chosen: str | None
     rejected: str | None
 
 
@@ -174,7 +186,7 @@ def build_stage_data(config: DataConfig, *, stage: Stage, tokenizer: Tokenizer) 
             leaves no row for the stage.
     """
     cache = DataCache(config.cache_dir)
-    sources = _prepare_sources(config)
+    sources = prepare_sources(config)
     parts = {
         "version": ENCODING_VERSION,
         "stage": stage,
@@ -187,6 +199,23 @@ def build_stage_data(config: DataConfig, *, stage: Stage, tokenizer: Tokenizer) 
     return _open_stage(config, stage=stage, tokenizer=tokenizer, folder=folder)
 
 
+def require_rows(config: DataConfig, stages: Iterable[Stage]) -> None:
+    """Makes sure that some source serves each of several stages, before the first of them works.
+
+    Raises:
+        DataError: As in `build_stage_data`, or a stage has no source.
+    """
+    sources = prepare_sources(config)
+    for stage in stages:
+        place = list(Stage).index(stage)
+        if not any(source.weights[place] for source in sources):
+            names = ", ".join(source.name for source in sources)
+            raise DataError(
+                f"data for {stage}: no source has rows for it: {names}: it needs {_NEEDED[stage]}: "
+                "add such a source, or run the other stages alone (megachat sft)"
+            )
+
+
 def training_texts(config: DataConfig, *, limit: int | None = None) -> Iterator[str]:
     """Prompt and answer texts of all sources, held-out ones left out, to train a tokenizer on.
 
@@ -197,16 +226,16 @@ def training_texts(config: DataConfig, *, limit: int | None = None) -> Iterator[
     Raises:
         DataError: As in `build_stage_data`.
     """
-    for source in _prepare_sources(config):
+    for source in prepare_sources(config):
         rows = np.concatenate([_stage_rows(source, config, stage=stage).train for stage in Stage])
         selected = source.splits[TRAIN].select(np.sort(rows)[:limit])
         for block in selected.iter(batch_size=ROWS_AT_ONCE):
             for prompt, chosen in zip(block["prompt"], block["chosen"], strict=True):
-                yield prompt + chosen
+                yield prompt + (chosen or "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _PreparedSource:
+class PreparedSource:
     """The common rows of a source."""
 
     name: str
@@ -232,7 +261,7 @@ class _StageRows:
     """Rows that would be held out, too, if their number had no limit."""
 
 
-def _prepare_sources(config: DataConfig) -> list[_PreparedSource]:
+def prepare_sources(config: DataConfig) -> list[PreparedSource]:
     """The common rows of all sources."""
     cache = DataCache(config.cache_dir)
     return [
@@ -243,29 +272,67 @@ def _prepare_sources(config: DataConfig) -> list[_PreparedSource]:
 
 def _prepare_source(
     source: SourceConfig, config: DataConfig, *, number: int, cache: DataCache
-) -> _PreparedSource:
+) -> PreparedSource:
     """Converts a source to common rows, or finds them in the cache, and checks them."""
     opened = open_source(source, cache=cache)
     parts = {
         "version": ROWS_VERSION,
         "content": opened.fingerprint,
         "format": source.format_name,
+        "columns": source.columns.names,
+        "render": source.render,
+        "chat": config.chat.model_dump(),
         "max_rows": source.max_rows,
     }
-    folder = cache.get_or_build("rows", parts, partial(convert_source, source, opened))
+    convert = partial(convert_source, source, opened, chat=config.chat)
+    folder = cache.get_or_build("rows", parts, convert)
     reports = read_reports(folder)
     check_reports(source, reports, max_bad_share=config.max_bad_share)
-    return _PreparedSource(
+    return PreparedSource(
         name=source.name,
         number=number,
-        weights=config.split_of(source),
+        weights=shares_of(source, config, serving=reports[TRAIN].serving),
         folder=folder,
         splits={split: open_arrow(folder / f"{split}.arrow") for split in reports},
         reports=reports,
     )
 
 
-def _stage_rows(source: _PreparedSource, config: DataConfig, *, stage: Stage) -> _StageRows:
+def shares_of(
+    source: SourceConfig, config: DataConfig, *, serving: Mapping[str, int]
+) -> tuple[float, float, float]:
+    """The shares of the steps in a source's rows: none for a step that no row can serve.
+
+    Shares that `data.split` gives to all sources are adapted to each. Those that a source names
+    itself are meant, so they are refused where they would waste rows.
+
+    Args:
+        source: The settings of the source.
+        config: The settings of all data.
+        serving: Rows that can serve each step, by its name.
+
+    Raises:
+        DataError: Rows would be wasted, or serve no step at all.
+    """
+    shares = dict(zip(Stage, config.split_of(source), strict=True))
+    able = [stage for stage in Stage if serving[stage.value]]
+    wasted = [stage for stage in Stage if shares[stage] and stage not in able]
+    can = f"its rows can serve {' and '.join(able)} only"
+    if source.split is not None and wasted:
+        raise DataError(
+            f"data set {source.name}: split {list(source.split)} gives rows to {wasted[0]}, but "
+            f"{can} ({_LACKING[wasted[0]]}): set that share to 0, or leave split out"
+        )
+    if not any(shares[stage] for stage in able):
+        raise DataError(
+            f"data set {source.name}: {can}, but data.split {list(config.split)} gives nothing to "
+            "that: give the source a split of its own"
+        )
+    sft, reward, prompts = (shares[stage] if stage in able else 0.0 for stage in Stage)
+    return sft, reward, prompts
+
+
+def _stage_rows(source: PreparedSource, config: DataConfig, *, stage: Stage) -> _StageRows:
     """The part of a source's rows that serves a stage, and what of it is held out."""
 
     def part_of(split: str) -> Indices:
@@ -300,7 +367,7 @@ def _build_stage(
     config: DataConfig,
     stage: Stage,
     tokenizer: Tokenizer,
-    sources: Sequence[_PreparedSource],
+    sources: Sequence[PreparedSource],
     folder: Path,
 ) -> None:
     """Tokenises the rows of all sources into one file to train on and one held out."""
@@ -340,7 +407,7 @@ def _build_stage(
 
 
 def _text_blocks(
-    source: _PreparedSource, config: DataConfig, *, stage: Stage, held_out: bool
+    source: PreparedSource, config: DataConfig, *, stage: Stage, held_out: bool
 ) -> Iterator[TextRows]:
     """Common rows in blocks, with their ids."""
     chosen = _stage_rows(source, config, stage=stage)
@@ -383,7 +450,7 @@ def _open_stage(
     }
     if not len(sets[TRAIN]):
         raise DataError(
-            f"data for {stage}: no rows left to train on: change the split or the length limits: "
-            + " | ".join(report.lines())
+            f"data for {stage}: no rows left to train on: change the split or the length limits, "
+            f"or give a source that can serve it ({_NEEDED[stage]}): " + " | ".join(report.lines())
         )
     return StageData(train=sets[TRAIN], validation=sets[VALIDATION], report=report)

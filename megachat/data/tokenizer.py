@@ -1,4 +1,4 @@
-"""The one place that talks to tokenizer libraries: loading, saving and training them.
+"""Talks to tokenizer libraries: loads, saves and trains tokenizers.
 
 Everything else sees token ids. Two rules hold for every tokenizer that comes through here:
 
@@ -10,9 +10,11 @@ Everything else sees token ids. Two rules hold for every tokenizer that comes th
 
 import hashlib
 import io
+import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -24,7 +26,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megachat.data.config import SentencePieceConfig
+from megachat.data.chat import ChatConfig, chat_template
+from megachat.data.config import SentencePieceConfig, Whitespace
 from megachat.data.messages import first_line
 from megachat.errors import CheckpointError, ConfigError, DataError
 from megachat.hub import Content, local_folder
@@ -34,6 +37,11 @@ SENTENCEPIECE_FILE = "sentencepiece.model"
 
 _SOURCE_PLACE = re.compile(r"^\w+: \S+\(\d+\) (\[.*?\] )?")
 """Where in its sources the trainer complains, which helps nobody here."""
+
+_NORMALISATION = {Whitespace.KEEP: "identity", Whitespace.FOLD: "nmt_nfkc"}
+"""Names of sentencepiece's rules."""
+_KEPT_CHARACTERS = "\n\r\t"
+"""What has a piece of its own where white space is kept, however rare it is in the text."""
 
 _SCORE_STEPS = 256.0
 """Piece scores are rounded to multiples of 1/256, see `_round_scores`."""
@@ -143,17 +151,30 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_specials)
         return text
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, chat: ChatConfig | None = None) -> None:
         """Writes a folder that `Tokenizer.load` and `transformers.AutoTokenizer` load.
 
         The loaded copy gives equal ids. A sentencepiece model that stood beside the loaded
         tokenizer is copied too.
+
+        Args:
+            folder: Where to save; a file there is replaced when its successor is complete.
+            chat: Of the chat template that the folder carries from now on; None keeps the one that
+                the tokenizer came with.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._library.save_pretrained(folder)
+        if chat is not None:
+            self._library.chat_template = chat_template(chat, adds_bos=self.adds_bos)
         beside = Path(self.origin) / SENTENCEPIECE_FILE
-        if beside.is_file() and beside.parent.resolve() != folder.resolve():
-            shutil.copyfile(beside, folder / SENTENCEPIECE_FILE)
+
+        def write(draft: Path) -> None:
+            self._library.save_pretrained(draft, save_jinja_files=False)
+            if beside.is_file() and beside.parent.resolve() != folder.resolve():
+                shutil.copyfile(beside, draft / SENTENCEPIECE_FILE)
+
+        _write_folder(folder, write)
 
 
 def train_sentencepiece(
@@ -163,8 +184,8 @@ def train_sentencepiece(
 
     Texts are streamed; one thread and a sample that depends on the seed alone make the result a
     function of the texts. As in OPT's own vocabulary a word carries its leading space, and no space
-    is put in front of a text: ` hello` and `hello` are different, and `decode(encode(text))` gives
-    normalised text back.
+    is put in front of a text: ` hello` and `hello` are different. `decode(encode(text))` gives the
+    text back where white space is kept and all its characters have pieces, else normalised text.
 
     Args:
         texts: Training texts, markers included.
@@ -175,6 +196,7 @@ def train_sentencepiece(
     Raises:
         DataError: There is no text.
         ConfigError: The vocabulary does not fit the text, e.g. it asks for too many pieces.
+        CheckpointError: The folder cannot be written.
     """
     proto = _train_unigram(texts, config)
     _round_scores(proto)
@@ -186,10 +208,35 @@ def train_sentencepiece(
         unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    library.save_pretrained(folder)
-    (folder / SENTENCEPIECE_FILE).write_bytes(proto.SerializeToString())
+
+    def write(draft: Path) -> None:
+        library.save_pretrained(draft)
+        (draft / SENTENCEPIECE_FILE).write_bytes(proto.SerializeToString())
+
+    _write_folder(folder, write)
     return Tokenizer.load(folder)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder beside its place, and moves the files when all of them are complete.
+
+    Raises:
+        CheckpointError: The disk does not take them; the folder is as it was.
+    """
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
+        folder.mkdir(exist_ok=True)
+        for path in sorted(draft.iterdir()):
+            os.replace(path, folder / path.name)
+    except Exception as error:  # the library's own writer raises plain ones
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be written ({first_line(error)}): make room there, or "
+            "choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _load_folder(folder: Path) -> Any:
@@ -223,6 +270,9 @@ def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
             user_defined_symbols=list(config.user_defined_symbols),
             max_sentence_length=config.max_sentence_bytes,
             num_threads=1,
+            normalization_rule_name=_NORMALISATION[config.whitespace],
+            required_chars=_KEPT_CHARACTERS if config.whitespace is Whitespace.KEEP else "",
+            hard_vocab_limit=not config.smaller_if_needed,
             bos_id=0,
             pad_id=1,
             eos_id=2,
@@ -235,8 +285,10 @@ def _train_unigram(texts: Iterable[str], config: SentencePieceConfig) -> Any:
         if not count:
             raise DataError("tokenizer training: there is no text to train on") from error
         reason = _SOURCE_PLACE.sub("", first_line(error))
+        hint = " (or set tokenizer.train.smaller_if_needed = true)" if "too high" in reason else ""
         raise ConfigError(
-            f"tokenizer training: vocab_size {config.vocab_size} on {count} texts failed: {reason}"
+            f"tokenizer training: tokenizer.train.vocab_size {config.vocab_size} on {count} texts "
+            f"failed: {reason}{hint}"
         ) from error
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(written.getvalue())
@@ -274,7 +326,8 @@ def _to_fast(proto: Any, config: SentencePieceConfig) -> Any:
     fast = tokenizers.Tokenizer(
         models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=3)
     )
-    fast.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
+    if proto.normalizer_spec.precompiled_charsmap:
+        fast.normalizer = normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap)
     in_text = "|".join(token[1:] for token in control)
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -290,6 +290,8 @@ _ONLY_VALUES: Mapping[str, object] = {
 
 
 def _refuse_variants(values: Mapping[str, Any]) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"holds a {type(values).__name__}: expected a JSON object")
     if values.get("model_type") != "opt":
         raise ConfigError(f"model_type is {values.get('model_type')!r}: expected 'opt'")
     for key, expected in _ONLY_VALUES.items():

@@ -15,7 +15,7 @@ from megachat.hub import hub_is_reachable
 from megachat.preflight.models import told
 from megachat.stages.config import RunConfig
 from megachat.stages.inputs import DataInput
-from megachat.stages.rows import check_rows
+from megachat.stages.row_counts import check_rows
 
 if TYPE_CHECKING:
     from megachat.data.first_look import SourceLook

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from megachat.checkpoint.huggingface import MissingHead
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PreferenceLoader, endless
-from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.model.opt import OptModel
 from megachat.ops.finite import require_number
-from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import PreferenceBatch
 from megachat.rlhf.objectives import PairwiseObjective, TokenwisePairwiseObjective
 from megachat.stages.config import FROM_SFT, PairLoss, RewardSection
 from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.data_rows import prepare_rows
 from megachat.stages.finite import at, require_figures
 from megachat.stages.loop import (
     export,
@@ -35,8 +34,7 @@ def run_reward(context: RunContext, progress_title: str, scope: StageScope) -> S
     """Trains the reward model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.reward, context.config.models.reward
-    data = build_stage_data(context.config.data, stage=Stage.REWARD, tokenizer=context.tokenizer)
-    store_barrier("preparing the data")
+    data = prepare_rows(context, Stage.REWARD)
     loader = PreferenceLoader(
         data.train,
         LoaderOptions(

@@ -8,17 +8,16 @@ from statistics import fmean
 
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PromptLoader, endless
-from megachat.data.stage_data import build_stage_data
 from megachat.data.tokenizer import Tokenizer
 from megachat.hybrid.engine import HybridEngine, HybridSettings
 from megachat.model.config import Head, vocab_multiple_for
-from megachat.parallel.handover import store_barrier
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
 from megachat.rlhf.engine import RLHFEngine
 from megachat.rlhf.ppo import PPOTrainer
 from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.data_rows import prepare_rows
 from megachat.stages.evaluation import (
     PolicyEvaluation,
     compare,
@@ -47,8 +46,7 @@ def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> Sta
     started = time.monotonic()
     config = context.config.rlhf
     judge = create_judge(config.judge)
-    data = build_stage_data(context.config.data, stage=Stage.PROMPTS, tokenizer=context.tokenizer)
-    store_barrier("preparing the data")
+    data = prepare_rows(context, Stage.PROMPTS)
     loader = PromptLoader(
         data.train, LoaderOptions(batch_size=config.batch_prompts, seed=context.config.run.seed)
     )

@@ -8,7 +8,7 @@ from functools import partial
 
 from megachat.checkpoint.checksums import check_small_files
 from megachat.data.config import Stage
-from megachat.data.stage_data import training_texts
+from megachat.data.stage_data import require_rows, training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.errors import CheckpointError
 from megachat.hub import Content, local_folder
@@ -45,7 +45,7 @@ from megachat.stages.results import (
 )
 from megachat.stages.reward import run_reward
 from megachat.stages.rlhf import run_rlhf
-from megachat.stages.rows import prepare_rows
+from megachat.stages.row_counts import prepare_all_rows
 from megachat.stages.scope import StageScope, stage_scope
 from megachat.stages.settings import stage_settings, tokenizer_settings
 from megachat.stages.sft import run_sft
@@ -91,10 +91,11 @@ def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comm
     )
     check_inputs(inputs)
     to_run = [stage for stage in stages if stage not in done]
+    on_first_rank(partial(require_rows, config.data, to_run), task="preparing the data")
     prepare_backends(config, worker, to_run)
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     on_first_rank(
-        partial(prepare_rows, config, context.tokenizer, to_run),
+        partial(prepare_all_rows, config, context.tokenizer, to_run),
         task="preparing the data of all stages",
     )
     for number, stage in enumerate(stages, start=1):
@@ -192,16 +193,17 @@ def _make_tokenizer(config: RunConfig) -> str:
         inputs = tokenizer_inputs(config)
         if section.train is not None:
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
-            train_sentencepiece(training_texts(config.data), section.train, folder)
+            made = train_sentencepiece(training_texts(config.data), section.train, folder)
         else:
             source = local_folder(
                 section.path or config.models.actor.model or "", Content.TOKENIZER
             )
             check_small_files(source)
-            Tokenizer.load(source).save(folder)
-        made = Tokenizer.load(folder).fingerprint
+            made = Tokenizer.load(source)
+        made.save(folder, chat=config.data.chat)
         settings = tokenizer_settings(config).values
-        origin = Origin(settings=settings, inputs=inputs, made=made)
+        made_as = Tokenizer.load(folder).fingerprint
+        origin = Origin(settings=settings, inputs=inputs, made=made_as)
         write_origin(config.run.output / TOKENIZER_RECORD, origin)
     return Tokenizer.load(folder).fingerprint
 

@@ -53,7 +53,7 @@ def stage_settings(config: RunConfig, stage: Stage) -> Settings:
 
 
 def tokenizer_settings(config: RunConfig) -> Settings:
-    """What determines the run's tokenizer, likewise; nothing where it is one from elsewhere."""
+    """What determines the run's tokenizer, likewise; of one from elsewhere its chat template."""
     return _settings(config, _tokenizer_tree)
 
 
@@ -83,7 +83,7 @@ def _stage_tree(tree: Tree, stage: Stage) -> Tree:
 def _tokenizer_tree(tree: Tree) -> Tree:
     train = tree.get("tokenizer", {}).get("train")
     if train is None:
-        return {}
+        return {"data": _only(tree["data"], "chat")}
     return {"tokenizer": {"train": train}, "data": _data_tree(tree["data"])}
 
 

@@ -6,15 +6,14 @@ from collections.abc import Iterable
 
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, SftLoader, endless
-from megachat.data.stage_data import build_stage_data
 from megachat.model.config import Head
 from megachat.ops.finite import require_number
 from megachat.ops.registry import Backend
-from megachat.parallel.handover import store_barrier
 from megachat.parallel.rng import seed_for
 from megachat.records import SftBatch
 from megachat.rlhf.objectives import SftObjective
 from megachat.stages.context import RunContext, stage_fingerprint
+from megachat.stages.data_rows import prepare_rows
 from megachat.stages.finite import at
 from megachat.stages.loop import (
     export,
@@ -37,8 +36,7 @@ def run_sft(context: RunContext, progress_title: str, scope: StageScope) -> Stag
     """Trains the supervised model and exports it as a HuggingFace folder."""
     started = time.monotonic()
     config, role = context.config.sft, context.config.models.actor
-    data = build_stage_data(context.config.data, stage=Stage.SFT, tokenizer=context.tokenizer)
-    store_barrier("preparing the data")
+    data = prepare_rows(context, Stage.SFT)
     loader = SftLoader(
         data.train,
         LoaderOptions(

@@ -1,15 +1,17 @@
 """The one place that tells a person what a run did: closing summary and report."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from megachat.data.config import Stage
+from megachat.data.stage_data import DataReport
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
     STAGE_FOLDERS,
     STAGE_TITLES,
     stage_folder,
 )
+from megachat.stages.data_rows import read_rows, rows_table
 from megachat.stages.results import (
     MODEL_FOLDER,
     StageMemory,
@@ -57,7 +59,12 @@ def write_run_report(
         highlights=list(_highlights(done)),
         tables=[
             table
-            for table in (_stage_table(done), _policy_table(rlhf), _reshard_table(rlhf))
+            for table in (
+                _stage_table(done),
+                rows_table(_data_reports(config, done)),
+                _policy_table(rlhf),
+                _reshard_table(rlhf),
+            )
             if table is not None
         ],
         samples=[
@@ -120,6 +127,12 @@ def _table_lines(table: Table) -> Iterator[str]:
         yield "  ".join(["  " + first, *rest])
     if table.note:
         yield "  " + table.note
+
+
+def _data_reports(config: RunConfig, done: Iterable[Stage]) -> dict[Stage, DataReport]:
+    """What the sources gave to the completed stages, where that is known."""
+    found = {stage: read_rows(stage_folder(config, stage)) for stage in done}
+    return {stage: report for stage, report in found.items() if report is not None}
 
 
 def _highlights(done: Mapping[Stage, StageResult]) -> Iterator[Highlight]:

@@ -111,6 +111,15 @@ def test_errors_are_one_line(command: str, message: str) -> None:
     assert message in error_of(command)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"a": ' + "[" * 100_000, "\ud83d", "{", "null"])
+def test_a_config_json_that_is_no_object_is_refused_in_one_line(
+    tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("utf-8", errors="surrogatepass"))
+    assert str(path) in error_of(f"plan --model {tmp_path}")
+
+
 def test_a_plan_waits_for_no_heavy_module() -> None:
     """torch alone takes longer to import than a plan of OPT-175B takes."""
     code = (

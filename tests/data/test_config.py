@@ -39,8 +39,22 @@ def test_toml_table_becomes_a_configuration(tmp_path: Path) -> None:
     )
     assert (first.path, first.format_name) == (None, "Dahoas/rm-static")
     assert config.split_of(first) == (2.0, 4.0, 4.0)
-    assert (second.path, second.format_name) == (Path("chats.jsonl"), "common")
+    assert (second.path, second.format_name) == (Path("chats.jsonl"), None)
     assert config.split_of(second) == (10.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("my.jsonl", "my.jsonl"),
+        ("/a/b/my.jsonl.gz", "my.jsonl.gz"),
+        ("chitchat", "chitchat/"),
+        ("folder/", "folder"),
+    ],
+)
+def test_a_path_alone_names_its_source_and_says_nothing_of_its_rows(path: str, name: str) -> None:
+    (source,) = build(sources=[{"path": path}]).sources
+    assert (source.path, source.name, source.format_name) == (Path(path), name, None)
 
 
 def test_format_of_a_local_copy_can_be_named() -> None:
@@ -54,7 +68,11 @@ def test_format_of_a_local_copy_can_be_named() -> None:
         ({"name": "Dahoas/rm-statik"}, r"did you mean Dahoas/rm-static\?"),
         ({"name": "x", "path": "x.json", "format": "shp"}, "format: unknown data set 'shp'"),
         ({"name": "local/jsonfile"}, "needs a path"),
-        ({"name": "common"}, "needs a path"),
+        ({"name": "common"}, "or give a path"),
+        ({}, "give a path of your own data, or the name of a known data set"),
+        ({"path": "x.json", "columns": {"promt": "q"}}, "did you mean 'prompt'"),
+        ({"path": "x.json", "render": "chad"}, "'verbatim' or 'chat'"),
+        ({"name": "stanfordnlp/SHP", "columns": {"prompt": "q"}}, "are for rows of your own"),
         ({"name": "Dahoas/rm-static", "split": [0, 0, 0]}, "at least one of the shares"),
         ({"name": "Dahoas/rm-static", "split": [1, -1, 0]}, "greater than or equal to 0"),
         ({"name": "Dahoas/rm-static", "weight": 0}, "greater than 0"),

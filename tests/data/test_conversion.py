@@ -6,6 +6,7 @@ import pytest
 
 from megachat.data.arrow import open_arrow
 from megachat.data.cache import DataCache
+from megachat.data.chat import ChatConfig
 from megachat.data.config import SourceConfig
 from megachat.data.conversion import (
     ConversionReport,
@@ -33,14 +34,23 @@ def convert(tmp_path: Path, rows: list[Any], **options: Any) -> tuple[SourceConf
     source = SourceConfig(name="mine", path=path, **options)
     folder = tmp_path / "out"
     folder.mkdir()
-    convert_source(source, open_source(source, cache=DataCache(tmp_path / "cache")), folder)
+    opened = open_source(source, cache=DataCache(tmp_path / "cache"))
+    convert_source(source, opened, folder, chat=ChatConfig())
     return source, folder
 
 
 def test_rows_come_out_in_order(tmp_path: Path) -> None:
     _, folder = convert(tmp_path, pairs(2500))
     assert open_arrow(folder / "train.arrow").to_list() == pairs(2500)
-    assert read_reports(folder) == {"train": ConversionReport(records=2500, rows=2500)}
+    assert read_reports(folder) == {
+        "train": ConversionReport(
+            records=2500,
+            rows=2500,
+            format="common",
+            found="100 of the first 100 records have prompt, chosen and, for pairs, rejected",
+            serving={"sft": 2500, "reward": 2500, "prompts": 2500},
+        )
+    }
 
 
 def test_bad_rows_are_counted_and_named_with_file_and_row(
@@ -66,7 +76,7 @@ def test_only_the_first_bad_rows_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        convert(tmp_path, [{"prompt": "x"}] * 50)
+        convert(tmp_path, [{"prompt": "x"}] * 50, format="common")
     assert caplog.text.count("unusable record:") == 5
     assert "50 x field chosen is missing" in caplog.text
 
@@ -90,7 +100,9 @@ def test_records_without_an_answer_are_not_bad(tmp_path: Path) -> None:
     unanswered = {"queries": {"ja": "why?"}, "answers": {"ja": [{"text": None}]}}
     answered = {"queries": {"ja": "why?"}, "answers": {"ja": [{"text": "so"}]}}
     _, folder = convert(tmp_path, [unanswered, answered], format="mkqa-Japanese")
-    assert read_reports(folder)["train"] == ConversionReport(records=2, rows=1, unanswered=1)
+    report = read_reports(folder)["train"]
+    assert (report.records, report.rows, report.unanswered, report.bad) == (2, 1, 1, 0)
+    assert report.serving == {"sft": 1, "reward": 0, "prompts": 1}
 
 
 def test_max_rows_limits_what_is_read(tmp_path: Path) -> None:

@@ -127,10 +127,6 @@ RECORDS: Mapping[str, tuple[dict[str, Any], Row]] = {
         {"prompt": "Human: Why? Assistant:", "chosen": "Because.", "rejected": "No."},
         Row(prompt=" Human: Why? Assistant:", chosen=" Because.", rejected=" No."),
     ),
-    "common": (
-        {"prompt": "Why?", "chosen": " Because.", "rejected": None},
-        Row(prompt="Why?", chosen=" Because."),
-    ),
 }
 """A record in the fields of each data set, and its row."""
 
@@ -139,7 +135,7 @@ INSTALLED = {"chitchat", "chitchat-upbeat"}
 
 def test_every_named_data_set_has_an_example() -> None:
     assert set(RECORDS) | INSTALLED == set(FORMATS)
-    assert len([name for name in RECORDS if name not in ("local/jsonfile", "common")]) == 15
+    assert len([name for name in RECORDS if name != "local/jsonfile"]) == 15
 
 
 @pytest.mark.parametrize("name", RECORDS)

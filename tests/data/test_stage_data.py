@@ -282,7 +282,8 @@ def test_local_copy_of_every_public_data_set_becomes_batches(
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "saved")
     config = data_config(
         tmp_path,
-        SourceConfig(name=name, path=tmp_path / "saved", split=(1, 1, 0)),
+        SourceConfig(name=name, path=tmp_path / "saved"),
+        split=(1, 1, 0),
         max_prompt_tokens=64,
         max_tokens=96,
     )
@@ -291,7 +292,7 @@ def test_local_copy_of_every_public_data_set_becomes_batches(
     for batch in SftLoader(data.train, LoaderOptions(batch_size=5)):
         assert batch.tokens.tolist() == [expected] * 5
     if row.rejected is None:
-        with pytest.raises(DataError, match="dropped: no rejected answer"):
+        with pytest.raises(DataError, match="pairs of chosen and rejected answers"):
             build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
         return
     reward = build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
@@ -302,3 +303,52 @@ def test_local_copy_of_every_public_data_set_becomes_batches(
         *tokenizer.encode(row.rejected),
         tokenizer.eos_id,
     ]
+
+
+def test_steps_that_rows_cannot_serve_get_none_of_them(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The default split would lose eight of ten texts, and four of ten answers without a pair."""
+    texts = SourceConfig(path=write_jsonl(tmp_path / "t.jsonl", [{"text": " sun rain"}] * 20))
+    answers = SourceConfig(
+        path=write_jsonl(
+            tmp_path / "a.jsonl",
+            [{"prompt": f" {sentence(row)}", "chosen": " sun"} for row in range(30)],
+        )
+    )
+    config = data_config(tmp_path, texts, answers, validation_share=0.0)
+    sizes = {
+        stage: [part.num_rows for part in build(config, stage, tokenizer).parts]
+        for stage in (Stage.SFT, Stage.PROMPTS)
+    }
+    assert sizes == {Stage.SFT: [20, 10], Stage.PROMPTS: [0, 20]}
+    with pytest.raises(DataError, match="it needs pairs of chosen and rejected answers"):
+        module.require_rows(config, list(Stage))
+    module.require_rows(config, [Stage.SFT, Stage.PROMPTS])
+
+
+def test_a_split_of_a_source_that_would_waste_rows_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": " sun rain"}] * 20)
+    config = data_config(tmp_path, SourceConfig(path=path, split=(1, 1, 0)))
+    with pytest.raises(DataError, match=r"gives rows to reward, but its rows can serve sft only"):
+        build(config, Stage.SFT, tokenizer)
+    elsewhere = data_config(tmp_path, SourceConfig(path=path), split=(0, 1, 0))
+    with pytest.raises(DataError, match="give the source a split of its own"):
+        build(elsewhere, Stage.SFT, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "opt_like"])
+def test_texts_alone_are_trained_from_their_first_token_on(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """Without a beginning of sequence, nothing predicts the first token."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": " sun rain"}] * 4)
+    config = data_config(tmp_path, SourceConfig(path=path), validation_share=0.0)
+    (batch,) = SftLoader(build(config, Stage.SFT, tokenizer), LoaderOptions(batch_size=4))
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    row = [*begin, *tokenizer.encode(" sun rain"), tokenizer.eos_id]
+    assert batch.tokens.tolist() == [row] * 4
+    assert batch.loss_mask.tolist() == [[False] + [True] * (len(row) - 1)] * 4

@@ -98,6 +98,12 @@ def test_a_variant_or_malformed_entry_is_refused_in_one_line(key: str, value: ob
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("values", [[], "opt", 3, None])
+def test_a_file_that_holds_no_object_is_refused_in_one_line(values: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        OptConfig.from_huggingface(values)
+
+
 def test_a_missing_entry_is_named() -> None:
     values = _published_350m()
     del values["ffn_dim"]

@@ -46,7 +46,7 @@ def check_rows(config: RunConfig, stage: Stage, *, train: int, held_out: int) ->
         )
 
 
-def prepare_rows(config: RunConfig, tokenizer: "Tokenizer", stages: Iterable[Stage]) -> None:
+def prepare_all_rows(config: RunConfig, tokenizer: "Tokenizer", stages: Iterable[Stage]) -> None:
     """Prepares the data of all stages in the cache, which each of them then finds there.
 
     Otherwise the last stage could find out after the others have run that it has nothing to do.

@@ -12,7 +12,8 @@ from torch import Tensor
 from megachat.rlhf.config import Whitening
 
 _VARIANCE_EPSILON = 1e-8
-"""Keeps whitening finite where all advantages are equal."""
+"""Keeps whitening finite where all advantages are equal. Deviations far below 1e-4, round-off of
+equal numbers among them, are not blown up to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +68,9 @@ def whiten(values: Tensor, *, mask: Tensor, whitening: Whitening) -> Tensor:
         whitening: Nothing, scale alone, or scale and mean.
 
     Returns:
-        `[batch, response_len]`, 0 where masked; unmasked entries have variance 1 (0 where they
-        were all equal) and, with `full`, mean 0.
+        `[batch, response_len]`, 0 where masked. With `scale` and `full` the variance v of the
+        unmasked entries becomes `v / (v + 1e-8)`: 1 unless they were almost equal. With `scale`
+        their mean is divided like them; with `full` it becomes 0.
     """
     kept = values.masked_fill(~mask, 0.0)
     if whitening is Whitening.NONE:

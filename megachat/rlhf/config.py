@@ -75,7 +75,7 @@ class Whitening(StrEnum):
     NONE = "none"
     """Not at all."""
     SCALE = "scale"
-    """Standard deviation 1, mean kept."""
+    """Divided by the standard deviation, the mean with the rest: signs stay as they are."""
     FULL = "full"
     """Mean 0 and standard deviation 1."""
 
@@ -119,8 +119,9 @@ class KlConfig(ConfigModel):
     target: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
     """KL that the adaptive controller steers towards, nats per response token."""
     horizon: int = Field(default=10_000, ge=1)
-    """Samples over which an error of 100 % changes the coefficient by 100 %. A change of at most
-    10 % an iteration whatever the batch size is `horizon` = 10 x batch with `error_clip` = 1."""
+    """An update on n samples changes the coefficient by the clipped relative error x n / horizon.
+    A change of at most 10 % an iteration whatever the batch size is `horizon` = 10 x batch with
+    `error_clip` = 1."""
     error_clip: float = Field(default=0.2, gt=0.0, le=1.0)
     """Bound on the relative error that one update acts on."""
     warmup_updates: int = Field(default=0, ge=0)
@@ -201,8 +202,8 @@ class PpoConfig(ConfigModel):
     minibatches: int = Field(default=2, ge=1)
     """Optimizer steps a pass; the experience is cut into this many mini-batches of rows."""
     early_stop_kl: float = Field(default=math.inf, gt=0.0)
-    """No further mini-batch of an experience once the approximate KL of the updated policy from
-    the one that sampled exceeds this, nats per token; `inf` never stops."""
+    """No further mini-batch of an experience once the estimate of KL(sampling policy || updated
+    policy) exceeds this, nats per token; `inf` never stops."""
     kl: KlConfig = KlConfig()
     """KL penalty."""
     reward: RewardConfig = RewardConfig()

@@ -134,8 +134,8 @@ def policy_loss(
 
     Returns:
         The loss; the surrogate alone; the share of tokens whose clip is active; the k3 estimate of
-        the KL of the new policy from the old one; mean and largest ratio; mean and largest absolute
-        log-ratio; entropy.
+        KL(old || new), since the old policy sampled; mean and largest ratio; mean and largest
+        absolute log-ratio; entropy.
     """
     log_ratio = _kept(logprobs - old_logprobs, weights)
     # Beyond the limit the gradient is 0 rather than the NaN of inf times 0.

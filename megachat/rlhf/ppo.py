@@ -77,8 +77,8 @@ class PpoReport:
     metrics: dict[str, float]
     """Names as they are written: `ppo/policy_loss`, `ppo/clip_fraction`, ..."""
     approx_kl: float
-    """Divergence of the policy that this update started from (moved by the updates before it) from
-    the one that sampled, nats per token."""
+    """Estimate of KL(sampling policy || the policy that this update started from), nats per token:
+    the latter was moved by the updates before it."""
 
 
 class PPOTrainer:

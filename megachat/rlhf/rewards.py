@@ -10,7 +10,8 @@ from megachat.errors import CheckpointError, ConfigError, DataError
 from megachat.rlhf.config import MissingEos, RewardConfig, RewardNormalization
 
 _SMALLEST_STD = 1e-6
-"""A standard deviation below this (constant scores) divides by 1 instead."""
+"""A standard deviation of at most this share of the mean's size (of 1, if that is smaller) is
+round-off of constant scores, which are divided by 1 instead."""
 
 
 def shape_rewards(
@@ -133,6 +134,7 @@ class RewardNormalizer:
                 "ppo.reward.normalization 'reference' has measured 0 samples: score responses of "
                 "the reference model and pass them to calibrate before training"
             )
+        _require_finite(scores)
         if self._mode is RewardNormalization.RUNNING:
             self._absorb(scores)
         return (scores.float() - self.mean) / self.std
@@ -165,12 +167,7 @@ class RewardNormalizer:
         """Merges the statistics of a batch into those so far."""
         if scores.numel() == 0:
             return
-        if not bool(torch.isfinite(scores).all()):
-            bad = int((~torch.isfinite(scores)).sum())
-            raise DataError(
-                f"{bad} of {scores.numel()} scores of the reward model are not finite: "
-                "check the reward model's checkpoint and dtype"
-            )
+        _require_finite(scores)
         sample = scores.detach().double()
         count, mean = sample.numel(), float(sample.mean())
         squares = float((sample - mean).square().sum())
@@ -179,3 +176,13 @@ class RewardNormalizer:
         self._squares += squares + distance**2 * self._count * count / total
         self._mean += distance * count / total
         self._count = total
+
+
+def _require_finite(scores: Tensor) -> None:
+    """Refuses scores that would spoil every statistic and every gradient after them."""
+    bad = int((~torch.isfinite(scores)).sum())
+    if bad:
+        raise DataError(
+            f"{bad} of {scores.numel()} scores of the reward model are not finite: check the "
+            "reward model's checkpoint and dtype"
+        )

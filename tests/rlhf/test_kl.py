@@ -1,4 +1,6 @@
+import decimal
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from megachat.rlhf.kl import (
     FixedKlController,
     create_kl_controller,
     estimate_kl,
+    k3,
 )
 
 
@@ -57,6 +60,21 @@ def test_estimates_follow_their_formulas_and_k2_and_k3_are_never_negative(d: flo
     assert estimate(KlEstimator.K3) >= 0
     if d > -20:
         assert estimate(KlEstimator.K3) == pytest.approx(math.expm1(-d) + d, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_k3_is_exact_to_rounding_down_to_the_smallest_log_ratios(dtype: torch.dtype) -> None:
+    """Against 60 decimal digits, over both sides of where its two forms meet."""
+    sizes = [10**exponent for exponent in np.linspace(-8, 1, 300)] + [0.49999, 0.5, 0.50001, 1e-15]
+    log_ratios = torch.tensor([*sizes, *(-size for size in sizes)], dtype=dtype)
+    with decimal.localcontext(prec=60):
+        exact = [(-Decimal(d)).exp() - 1 + Decimal(d) for d in log_ratios.tolist()]
+        errors = [
+            abs(Decimal(found) / value - 1)
+            for found, value in zip(k3(log_ratios).tolist(), exact, strict=True)
+        ]
+    assert float(max(errors)) < 4 * torch.finfo(dtype).eps
+    assert k3(torch.tensor([torch.nan])).isnan()
 
 
 def test_k3_has_the_lower_variance_at_equal_expectation() -> None:

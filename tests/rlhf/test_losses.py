@@ -107,6 +107,25 @@ def test_the_clip_stops_the_gradient_only_where_the_policy_already_moved_far_eno
     assert bool(logprobs.grad.any()) is has_gradient
 
 
+def test_the_approximate_kl_is_that_of_the_old_policy_from_the_new_one() -> None:
+    """In expectation over tokens of the old policy, by enumeration; not KL(new || old)."""
+    logits = 2 * torch.randn(2, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    old, new = logits.log_softmax(dim=1)
+    terms = policy_loss(
+        new[None],
+        old_logprobs=old[None],
+        advantages=torch.ones(1, 9),
+        entropy=torch.zeros(1, 9),
+        weights=old.exp()[None],
+        clip_range=0.2,
+        dual_clip=math.inf,
+        entropy_coef=0.0,
+    )
+    expected = (old.exp() * (old - new)).sum().item()
+    assert terms.metrics["approx_kl"].item() == pytest.approx(expected, rel=1e-5)
+    assert abs((new.exp() * (new - old)).sum().item() - expected) > 0.1
+
+
 def test_the_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> None:
     logprobs = torch.tensor([[math.log(50.0)]], requires_grad=True)
     mask, bad = torch.ones(1, 1).bool(), torch.tensor([[-2.0]])

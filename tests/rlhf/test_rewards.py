@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,15 @@ def test_constant_scores_are_shifted_but_not_blown_up(samples: list[float]) -> N
     normalizer.calibrate(torch.tensor(samples))
     assert normalizer.std == 1.0
     assert normalizer.standardize(torch.tensor([samples[0] + 2])).item() == pytest.approx(2.0)
+
+
+def test_a_score_that_is_no_number_is_refused_in_every_mode() -> None:
+    for mode in RewardNormalization:
+        normalizer = RewardNormalizer(mode)
+        if normalizer.needs_calibration:
+            normalizer.calibrate(torch.tensor([0.0, 1.0]))
+        with pytest.raises(DataError, match="1 of 2 scores of the reward model are not finite"):
+            normalizer.standardize(torch.tensor([0.5, math.nan]))
 
 
 def test_missing_calibration_and_scores_that_are_not_finite_are_refused() -> None:

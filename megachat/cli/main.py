@@ -224,6 +224,7 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     if dry_run:
         _show(config, report)
         return
+    report.refuse()  # before the imports below, which take seconds
     from megachat.parallel.launch import launch
     from megachat.stages.context import prepare_output
     from megachat.stages.inputs import fetch_missing, inputs_of
@@ -231,7 +232,6 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
-    report.refuse()
     done = completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
     set_up_logging()

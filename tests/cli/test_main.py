@@ -1,3 +1,4 @@
+import os
 import socket
 import subprocess
 import sys
@@ -5,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from megachat.cli.main import EXIT_CODE, app
 
-ROWS = '{"prompt": "Human: hi Assistant:", "chosen": " hello", "rejected": " no"}\n' * 40
+ROWS = '{"prompt": "Human: hi Assistant:", "chosen": " hello", "rejected": " no"}\n' * 400
 
 
 @pytest.fixture
@@ -58,6 +60,14 @@ def assert_one_line(result: Result, *needles: str) -> None:
         assert needle in errors[0], errors[0]
 
 
+def assert_would_start_with_gpus(result: Result) -> None:
+    """A dry run on this machine says OK, or which of the recipe's needs it lacks."""
+    if torch.cuda.is_available():
+        return
+    assert_one_line(result, "launch.device is cuda, but torch")
+    assert "OK" not in result.stdout
+
+
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
@@ -83,8 +93,8 @@ def test_paper_command_resolves(tmp_path: Path) -> None:
         "train", "--actor-model", "facebook/opt-13b", "--reward-model", "facebook/opt-350m",
         "--deployment-type", "single_node", "--set", f"run.output={tmp_path}", "--dry-run",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "layout of actor: tp4.pp1.dp2" in result.output
+    assert "layout of actor: tp4.pp1.dp2" in result.stdout
+    assert_would_start_with_gpus(result)
 
 
 BAD_SETTINGS: Sequence[tuple[Sequence[str], Sequence[str]]] = [
@@ -170,9 +180,9 @@ def test_a_machine_is_taken_from_the_command_line(tmp_path: Path) -> None:
         "--nodes", "2", "--gpus-per-node", "4", "--gpu-memory-gb", "40",
         "--set", f"run.output={tmp_path}", "--dry-run",
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "Chosen for 2 x 4 GPUs of 40 GB" in result.output
-    assert "ranks: 8" in result.output
+    assert "Chosen for 2 x 4 GPUs of 40 GB" in result.stdout
+    assert "ranks: 8" in result.stdout
+    assert_would_start_with_gpus(result)
 
 
 def test_a_dry_run_waits_for_no_module_that_trains(tmp_path: Path) -> None:
@@ -186,8 +196,15 @@ def test_a_dry_run_waits_for_no_module_that_trains(tmp_path: Path) -> None:
         f"sys.exit(' '.join(name for name in {heavy!r} if name in sys.modules) or 0)"
     )
     root = Path(__file__).parents[2]
+    # A hub that may have what is not here: offline, the library of data sets is asked.
+    online = os.environ | {"HF_HUB_OFFLINE": "0", "https_proxy": "http://127.0.0.1:9"}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env=online,
     )
     assert result.returncode == 0, result.stderr
     assert "layout of actor: tp8.pp2.dp4" in result.stdout

@@ -192,7 +192,8 @@ def test_a_dry_run_says_what_was_chosen_and_why() -> None:
             "--set rlhf.memory.offload_optimizer=false"
         ),
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == EXIT_CODE, result.output  # the weights of 175B are on no hub
+    assert "is on no hub" in result.stderr and result.stderr.count("\n") == 1
     before = result.stdout.partition("\n{")[0]
     for part in (
         "Chosen for 8 x 8 GPUs of 80 GB",

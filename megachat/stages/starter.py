@@ -229,12 +229,12 @@ def _lines(
     yield "processes = 1"
     yield 'device = "cpu"           # "cuda" on a machine with GPUs, one process for each'
     yield ""
-    yield from _data_lines(sources, plan)
+    yield from _data_lines(sources, plan, cache=folder.absolute() / "cache")
     yield from _model_lines(plan)
     yield from _stage_lines(plan)
 
 
-def _data_lines(sources: Sequence[SourceConfig], plan: _Plan) -> Iterator[str]:
+def _data_lines(sources: Sequence[SourceConfig], plan: _Plan, *, cache: Path) -> Iterator[str]:
     yield "[tokenizer.train]        # a small vocabulary from these texts"
     yield f"vocab_size = {plan.vocabulary}"
     yield "smaller_if_needed = true"
@@ -244,6 +244,7 @@ def _data_lines(sources: Sequence[SourceConfig], plan: _Plan) -> Iterator[str]:
     most = plan.prompt_tokens + plan.answer_tokens
     yield f"max_tokens = {most}          # longer answers are cut"
     yield "validation_share = 0.1"
+    yield f"cache_dir = {_quoted(str(cache))}"
     yield "split = [2, 4, 4]        # shares of rows for SFT, reward model and PPO"
     yield ""
     yield "[data.chat]              # what stands before each turn of a conversation"

@@ -31,11 +31,9 @@ from megachat.stages.origin import (
     InputContent,
     Origin,
     check_contents,
-    check_settings,
     data_inputs,
     model_inputs,
     read_origin,
-    stages_before,
     tokenizer_inputs,
     write_origin,
 )
@@ -58,7 +56,7 @@ from megachat.stages.shared import (
     check_output,
     raise_together,
 )
-from megachat.stages.status import completed_stages
+from megachat.stages.status import completed_stages, has_tokenizer, require_inputs
 from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
@@ -171,7 +169,9 @@ def _finish_stage(
 def _make_tokenizer(config: RunConfig) -> str:
     """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
     folder = tokenizer_folder(config)
-    if not _has_tokenizer(config):
+    if has_tokenizer(config):
+        _check_tokenizer(config)
+    else:
         section = config.tokenizer
         inputs = tokenizer_inputs(config)
         if section.train is not None:
@@ -190,46 +190,28 @@ def _make_tokenizer(config: RunConfig) -> str:
     return Tokenizer.load(folder).fingerprint
 
 
-def _open_run(config: RunConfig, stages: Sequence[Stage]) -> tuple[Input, ...]:
-    """What is read, if the stages can start from what is complete.
-
-    Leaves the configuration in the folder.
-    """
-    done = completed_stages(config)
-    _require_inputs(config, done, first=stages[0])
-    write_json(config.run.output / "config.json", config.model_dump(mode="json"))
-    return inputs_of(config, [stage for stage in stages if stage not in done])
-
-
-def _has_tokenizer(config: RunConfig) -> bool:
-    """Whether the run folder holds the tokenizer of this configuration.
+def _check_tokenizer(config: RunConfig) -> None:
+    """Compares the tokenizer in the run folder with what it is a copy of, and with what it was.
 
     Raises:
-        ConfigError: It holds that of another one, or one that was changed since.
-        CheckpointError: The record of it is broken.
+        ConfigError: One of them is another one now.
     """
     folder, recorded = tokenizer_folder(config), read_origin(config.run.output / TOKENIZER_RECORD)
-    if not (folder / "tokenizer.json").is_file() or recorded is None:
-        return False
-    check_settings(folder, tokenizer_settings(config), recorded)
+    assert recorded is not None, "a tokenizer that is there has a record"
     check_contents(folder, tokenizer_inputs(config), recorded)
     if Tokenizer.load(folder).fingerprint != recorded.made:
         raise ConfigError(
             f"{folder}: not the tokenizer that this run made there: put that back, choose another "
             "run.output, or delete the folder to make it anew"
         )
-    return True
 
 
-def _require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
-    """Checks that the stages whose models the first one reads have left them.
+def _open_run(config: RunConfig, stages: Sequence[Stage]) -> tuple[Input, ...]:
+    """What is read, if the stages can start from what is complete.
 
-    Raises:
-        CheckpointError: One of them has not.
+    Leaves the configuration in the folder.
     """
-    for stage in stages_before(config, first):
-        if stage not in done:
-            raise CheckpointError(
-                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
-                f"incomplete, and stage '{first}' needs it: run that stage first"
-            )
+    done = completed_stages(config)
+    require_inputs(config, done, first=stages[0])
+    write_json(config.run.output / "config.json", config.model_dump(mode="json"))
+    return inputs_of(config, [stage for stage in stages if stage not in done])

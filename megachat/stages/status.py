@@ -1,11 +1,22 @@
 """Says what a run will do and which of its stages are done, without the modules that train."""
 
+from collections.abc import Mapping
+
 from megachat.data.config import Stage
+from megachat.errors import CheckpointError
 from megachat.stages.config import RunConfig
-from megachat.stages.context import stage_folder
+from megachat.stages.context import TOKENIZER_RECORD, stage_folder, tokenizer_folder
 from megachat.stages.inputs import describe_inputs, inputs_of
-from megachat.stages.origin import check_stage, stages_before
+from megachat.stages.origin import (
+    check_contents,
+    check_settings,
+    check_stage,
+    read_origin,
+    stages_before,
+    tokenizer_inputs,
+)
 from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
+from megachat.stages.settings import tokenizer_settings
 
 
 def describe_run(config: RunConfig) -> str:
@@ -46,3 +57,33 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
         if is_current and has_inputs and is_complete(folder / MODEL_FOLDER):
             done[stage] = result
     return done
+
+
+def require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
+    """Checks that the stages whose models the first one to run reads have left them.
+
+    Raises:
+        CheckpointError: One of them has not.
+    """
+    for stage in stages_before(config, first):
+        if stage not in done:
+            raise CheckpointError(
+                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
+                f"incomplete, and stage '{first}' needs it: run that stage first"
+            )
+
+
+def has_tokenizer(config: RunConfig) -> bool:
+    """Whether the run folder holds the tokenizer of this configuration and these data.
+
+    Raises:
+        ConfigError: It holds that of others; names the keys or files.
+        CheckpointError: The record of it is broken.
+    """
+    folder, recorded = tokenizer_folder(config), read_origin(config.run.output / TOKENIZER_RECORD)
+    if not (folder / "tokenizer.json").is_file() or recorded is None:
+        return False
+    check_settings(folder, tokenizer_settings(config), recorded)
+    if config.tokenizer.train is not None:
+        check_contents(folder, tokenizer_inputs(config), recorded)
+    return True

@@ -119,8 +119,7 @@ def tokenizer_inputs(config: RunConfig) -> dict[str, InputContent]:
         digest = Tokenizer.load(name).fingerprint
     except (CheckpointError, DataError):
         return {}
-    key = "tokenizer.path" if config.tokenizer.path else "models.actor.model"
-    return {key: InputContent(place=name, digest=digest)}
+    return {TOKENIZER_INPUT: InputContent(place=name, digest=digest)}
 
 
 def write_origin(path: Path, origin: Origin) -> None:

@@ -10,7 +10,7 @@ from megachat.checkpoint.checksums import check_small_files
 from megachat.data.config import Stage
 from megachat.data.stage_data import require_rows, training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
-from megachat.errors import CheckpointError
+from megachat.errors import CheckpointError, ConfigError
 from megachat.hub import Content, local_folder
 from megachat.ops.backends import prepare
 from megachat.parallel.collectives import all_gather_objects
@@ -30,8 +30,10 @@ from megachat.stages.origin import (
     ORIGIN_FILE,
     InputContent,
     Origin,
+    check_contents,
     data_inputs,
     model_inputs,
+    read_origin,
     tokenizer_inputs,
     write_origin,
 )
@@ -188,7 +190,9 @@ def _finish_stage(
 def _make_tokenizer(config: RunConfig) -> str:
     """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
     folder = tokenizer_folder(config)
-    if not has_tokenizer(config):
+    if has_tokenizer(config):
+        _check_tokenizer(config)
+    else:
         section = config.tokenizer
         inputs = tokenizer_inputs(config)
         if section.train is not None:
@@ -206,6 +210,22 @@ def _make_tokenizer(config: RunConfig) -> str:
         origin = Origin(settings=settings, inputs=inputs, made=made_as)
         write_origin(config.run.output / TOKENIZER_RECORD, origin)
     return Tokenizer.load(folder).fingerprint
+
+
+def _check_tokenizer(config: RunConfig) -> None:
+    """Compares the tokenizer in the run folder with what it is a copy of, and with what it was.
+
+    Raises:
+        ConfigError: One of them is another one now.
+    """
+    folder, recorded = tokenizer_folder(config), read_origin(config.run.output / TOKENIZER_RECORD)
+    assert recorded is not None, "a tokenizer that is there has a record"
+    check_contents(folder, tokenizer_inputs(config), recorded)
+    if Tokenizer.load(folder).fingerprint != recorded.made:
+        raise ConfigError(
+            f"{folder}: not the tokenizer that this run made there: put that back, choose another "
+            "run.output, or delete the folder to make it anew"
+        )
 
 
 def _open_run(

@@ -21,6 +21,7 @@ from megachat.stages.origin import (
     model_sources,
     read_origin,
     stages_before,
+    tokenizer_inputs,
     write_origin,
 )
 from megachat.stages.results import MODEL_FOLDER
@@ -63,6 +64,11 @@ def test_a_start_model_is_known_by_its_weights_wherever_it_lies(
     assert set(record["inputs"]) == {"data.sources.0", "tokenizer", "models.actor.model"}
     for same in (foreign, copy, source):
         assert set(completed_stages(_from_folder(tmp_path, same))) == {Stage.SFT}
+    implicit = tokenizer_inputs(_from_folder(tmp_path, foreign))
+    tree = _from_folder(tmp_path, foreign).model_dump(mode="json")
+    tree["tokenizer"]["path"] = str(copy)
+    explicit = tokenizer_inputs(build_config(RunConfig, tree, source="test"))
+    assert [each.digest for each in implicit.values()] == [explicit["tokenizer"].digest]
     _flip_last_bit(copy / "model.safetensors")
     with pytest.raises(ConfigError) as caught:
         completed_stages(_from_folder(tmp_path, copy))

@@ -43,7 +43,6 @@ from megachat.stages.shared import (
     raise_together,
 )
 from megachat.stages.status import completed_stages
-from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -88,10 +87,17 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
             task=f"writing the result of stage '{stage}'",
         )
     on_first_rank(
-        lambda: write_run_report(config, command=command, duration_s=time.monotonic() - started),
+        lambda: _report(config, command=command, duration_s=time.monotonic() - started),
         task="writing the report",
     )
     context.close()
+
+
+def _report(config: RunConfig, *, command: str, duration_s: float) -> None:
+    # What draws takes half a second to import: not before the first step.
+    from megachat.stages.summary import write_run_report
+
+    write_run_report(config, command=command, duration_s=duration_s)
 
 
 def prepare_tokenizer(config: RunConfig) -> Tokenizer:

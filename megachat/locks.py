@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import socket
 import time
@@ -162,7 +163,8 @@ def _acquire(lock: filelock.BaseFileLock, path: Path, purpose: Purpose) -> None:
         lock.acquire(blocking=False)
         return
     except filelock.Timeout:
-        _LOG.info("waiting for another process to %s (it holds %s)", purpose.work, path)
+        level = logging.DEBUG if _sibling_holds(path) else logging.INFO
+        _LOG.log(level, "waiting for another process to %s (it holds %s)", purpose.work, path)
     try:
         lock.acquire(timeout=LONG_SECONDS)
         return
@@ -176,6 +178,25 @@ def _acquire(lock: filelock.BaseFileLock, path: Path, purpose: Purpose) -> None:
             path,
         )
     lock.acquire()
+
+
+def _sibling_holds(path: Path) -> bool:
+    """Whether a rank that this rank's launcher has started on this host, too, holds the lock.
+
+    That ranks take turns is nothing to tell. Where it cannot be found out, the answer is no.
+    """
+    if multiprocessing.parent_process() is None:
+        return False
+    try:
+        number = path.stat().st_ino
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            _, kind, _, _, pid, inode, *_ = line.split()  # proc(5)
+            if kind == "FLOCK" and inode.endswith(f":{number}"):
+                stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+                return int(stat.rpartition(") ")[2].split()[1]) == os.getppid()
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _refusal(path: Path, purpose: Purpose, error: OSError | NotImplementedError) -> str:

@@ -8,12 +8,15 @@ import signal
 import sys
 
 from megachat.errors import MegachatError
+from megachat.parallel.openmp import let_idle_threads_sleep
 from megachat.parallel.signals import Signalled, catch_signals, told_to_end
+from megachat.telemetry.crash import as_megachat_error
 
 
 def main() -> None:
     """Entry point of the `megachat` script."""
     catch_signals()
+    let_idle_threads_sleep()
     try:
         from megachat.cli.main import app
 
@@ -39,8 +42,6 @@ def _told(error: BaseException) -> MegachatError:
         return told_to_end(error.number)
     if isinstance(error, KeyboardInterrupt):
         return told_to_end(signal.SIGINT)
-    from megachat.telemetry.crash import as_megachat_error
-
     return as_megachat_error(error)
 
 

@@ -22,10 +22,12 @@ from megachat.model.config import ModelOptions, NormBackend, OptConfig, Recomput
 from megachat.model.dropout import ResidualAdd, attention_with_dropout
 from megachat.model.packing import RowPacking
 from megachat.parallel import MEGATRON_HINT
+from megachat.parallel.cpu_compat import import_megatron
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 
 try:
+    import_megatron()
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.tensor_parallel import (

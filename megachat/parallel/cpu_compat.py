@@ -8,15 +8,27 @@ five points; each has a test that fails when upstream no longer needs it or move
 3. the random-state tracker reads and writes CUDA generator states;
 4. distributed checkpoint writers call `torch.cuda.synchronize()`;
 5. DeepSpeed's CPU backend compiles a shared-memory all-reduce with g++ at first use (minutes).
+
+`import_megatron()` is for CPUs and GPUs alike: megatron-core decorates functions, none of which
+megachat calls, with `torch.compile`, which imports torch's compiler for seconds.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+PATCHED_MODULES = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.random",
+    "deepspeed.comm.torch",
+)
+"""What `install` imports; ranks that are forked need not do so each for itself."""
 
 
 def install() -> None:
@@ -27,6 +39,38 @@ def install() -> None:
     _patch_schedules()
     _patch_rng_tracker()
     _patch_deepspeed_build()
+
+
+def import_megatron() -> None:
+    """Imports megatron-core, whose functions are compiled when they are called, not now.
+
+    Modules that import parts of it call this first.
+
+    Raises:
+        RuntimeError: What transformer-engine's meta wheel alone makes of the import.
+    """
+    if "megatron.core" in sys.modules:
+        return
+    module: Any = torch
+    compile_now = torch.compile
+    module.compile = _compile_when_called
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        module.compile = compile_now
+
+
+def _compile_when_called(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """A decorator like `torch.compile` that calls it late."""
+    if function is None:
+        return functools.partial(_compile_when_called, **options)
+    compiled = functools.cache(lambda: torch.compile(function, **options))
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        return compiled()(*args, **keywords)
+
+    return call
 
 
 class _TorchOnCpu:

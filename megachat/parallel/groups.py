@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from megachat.errors import KernelError, LayoutError
 from megachat.parallel import GROUP_TIMEOUT, MEGATRON_HINT
+from megachat.parallel.cpu_compat import import_megatron
 from megachat.parallel.layout import Axis, Coordinate, GenerationPlacement, ParallelLayout
 
 try:
+    import_megatron()
     from megatron.core.process_groups_config import ProcessGroupCollection
 except RuntimeError as error:  # what transformer-engine's meta wheel alone makes of the import
     raise KernelError(f"megatron-core cannot be imported ({error}): {MEGATRON_HINT}") from error

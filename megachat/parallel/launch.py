@@ -159,7 +159,7 @@ def prepare_ranks(config: LaunchConfig, module: str) -> None:
         _set_threads(config)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it when it is imported
         _choose_socket_folder()
-        multiprocessing.set_forkserver_preload([module])
+        multiprocessing.set_forkserver_preload([module, *cpu_compat.PATCHED_MODULES])
         multiprocessing.resource_tracker.ensure_running()  # lets signals through when it starts
         with children_ignore_signals():
             multiprocessing.forkserver.ensure_running()

@@ -58,7 +58,6 @@ from megachat.stages.shared import (
     raise_together,
 )
 from megachat.stages.status import completed_stages, has_tokenizer, require_inputs
-from megachat.stages.summary import write_run_report
 from megachat.telemetry.log import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -119,12 +118,7 @@ def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comm
             task=f"writing the result of stage '{stage}'",
         )
     on_first_rank(
-        lambda: write_run_report(
-            config,
-            completed_stages(config),
-            command=command,
-            duration_s=time.monotonic() - started,
-        ),
+        lambda: _report(config, command=command, duration_s=time.monotonic() - started),
         task="writing the report",
     )
     context.close()
@@ -140,6 +134,14 @@ def prepare_backends(config: RunConfig, worker: Worker, stages: Collection[Stage
         prepare(config.models.actor.logprob_backend, worker.device)
     if Stage.PROMPTS in stages:
         prepare(config.rlhf.generation.backend, worker.device)
+
+
+def _report(config: RunConfig, *, command: str, duration_s: float) -> None:
+    # What draws takes half a second to import: not before the first step.
+    from megachat.stages.summary import write_run_report
+
+    done = completed_stages(config)
+    write_run_report(config, done, command=command, duration_s=duration_s)
 
 
 def prepare_tokenizer(config: RunConfig) -> Tokenizer:

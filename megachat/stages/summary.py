@@ -1,6 +1,8 @@
 """The one place that tells a person what a run did: closing summary and report."""
 
+import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from megachat.data.config import Stage
@@ -21,6 +23,8 @@ from megachat.stages.results import (
 from megachat.telemetry.log import active_console
 from megachat.telemetry.progress import format_duration
 from megachat.telemetry.report import Chart, Highlight, RunSummary, Sample, Table, write_report
+
+logger = logging.getLogger(__name__)
 
 _CHARTS = (
     Chart(stage="sft", title="Loss", metrics=("sft/loss",)),
@@ -86,10 +90,18 @@ def write_run_report(
     files = write_report(config.run.output, summary)
     text = "\n".join([*summary_lines(summary), f"report: {files.html}"])
     write_text(config.run.output / "summary.txt", text + "\n")
-    console = active_console()
-    if console is not None:
-        console.rule()
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if active_console() is not None:
+        _show(text)
+
+
+def _show(text: str) -> None:
+    """Writes the summary to standard output; progress and log lines go to standard error."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError as error:  # nobody reads it any more, or that disk is full; the file has it
+        logger.warning("the summary cannot be shown: %s", error.strerror)
 
 
 def summary_lines(summary: RunSummary) -> Iterator[str]:

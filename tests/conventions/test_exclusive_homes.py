@@ -14,6 +14,7 @@ from tests.conventions.source import (
 )
 
 LAUNCH = "megachat/parallel/launch.py"
+OPENMP = "megachat/parallel/openmp.py"
 GROUPS = "megachat/parallel/groups.py"
 COLLECTIVES = "megachat/parallel/collectives.py"
 COMPAT = "megachat/parallel/cpu_compat.py"
@@ -68,7 +69,7 @@ COLLECTIVE_CALLS = (
 )
 
 NAME_HOMES: Mapping[str, frozenset[str]] = {
-    "os.environ": frozenset({LAUNCH}),
+    "os.environ": frozenset({LAUNCH, OPENMP}),
     "os.environb": frozenset({LAUNCH}),
     "os.getenv": frozenset({LAUNCH}),
     "os.putenv": frozenset({LAUNCH}),

@@ -17,6 +17,7 @@ from megachat.cli.build_kernels import build_kernels
 from megachat.cli.fetch import fetch
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
+from megachat.cli.ranges import GIGABYTES, GPUS_PER_NODE, NODES, check_ranges
 from megachat.errors import MegachatError
 
 if TYPE_CHECKING:
@@ -68,13 +69,15 @@ class TrainOptions:
         ),
     ] = None
     nodes: Annotated[
-        int | None, typer.Option(help="Machines, where not the deployment type's.")
+        int | None, typer.Option(help="Machines, where not the deployment type's."), NODES
     ] = None
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs in each machine, likewise.")] = (
-        None
-    )
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs in each machine, likewise."), GPUS_PER_NODE
+    ] = None
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's.")
+        float | None,
+        typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's."),
+        GIGABYTES,
     ] = None
     overrides: SetOption = None
     dry_run: DryRunOption = False
@@ -90,7 +93,8 @@ class TrainOptions:
         )
 
     def check(self) -> None:
-        """Refuses options that exclude each other."""
+        """Refuses numbers out of range, and options that exclude each other."""
+        check_ranges(self)
         if self.config is not None and self.actor_model is not None:
             raise typer.BadParameter("give either --config or --actor-model")
         if self.actor_model is None and (

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megachat.config import ConfigModel, PathField
+from megachat.config import ConfigModel, PathField, Seed
 from megachat.data.formats import COMMON_FORMAT, FORMATS, unknown_name
 
 
@@ -117,7 +117,7 @@ class DataConfig(ConfigModel):
     max_validation_rows: Annotated[int, Field(gt=0)] | None = 2000
     """Largest number of held-out rows per source; rows beyond it stay in the training set where
     they were held out by share."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Seed = 1234
     """Seed of the split and the hold-out."""
     max_prompt_tokens: Annotated[int, Field(gt=1)] = 256
     """Longest prompt, a beginning-of-sequence token included."""
@@ -181,5 +181,5 @@ class SentencePieceConfig(ConfigModel):
     """Texts that are sampled for training; more costs time and memory for little gain."""
     max_sentence_bytes: Annotated[int, Field(gt=0)] = 16_384
     """Texts longer than this many UTF-8 bytes are left out of the training."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Seed = 1234
     """Seed of the sampling of texts."""

@@ -7,7 +7,7 @@ too; memory that is taken beside tensors, and the margin, are not (`megachat.pla
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -97,7 +97,7 @@ def _plan(
     cluster: ClusterConfig,
     measures: frozenset[Measure],
     *,
-    kinds: Mapping[tuple[int, int], Sequence[int]],
+    kinds: Mapping[tuple[int, int], range],
 ) -> MemoryPlan:
     """A plan of some kinds of ranks."""
     job.check_cluster(cluster)
@@ -105,7 +105,7 @@ def _plan(
     cache = planner.cache(list(kinds))
     ranks = tuple(
         RankMemory(
-            ranks=tuple(members),
+            ranks=members,
             actor_stage=actor_stage,
             critic_stage=critic_stage,
             phases=planner.phases(actor_stage, critic_stage, cache),
@@ -222,14 +222,23 @@ class _Planner:
 
     def fullest_host(self, cache: CachePlan) -> int:
         """Host bytes of the fullest node in the fullest phase."""
-        used: dict[tuple[int, Phase], int] = defaultdict(int)
-        for kind, ranks in _rank_kinds(self._job).items():
-            phases = self.phases(*_like(self._job, *kind), cache)
-            totals = [(phase.phase, phase.total(Residence.HOST)) for phase in phases]
-            for rank in ranks:
-                for phase, total in totals:
-                    used[self._cluster.node_of(rank), phase] += total
-        return max(used.values())
+        totals: dict[tuple[int, int], list[int]] = {}
+        used = []
+        for members in _node_kinds(
+            self._job.actor.layout, self._job.critic.layout, self._cluster.gpus_per_node
+        ):
+            by_phase = [0] * len(Phase)
+            for kind, count in members:
+                like = _like(self._job, *kind)
+                if like not in totals:
+                    phases = self.phases(*like, cache)
+                    totals[like] = [phase.total(Residence.HOST) for phase in phases]
+                by_phase = [
+                    used_bytes + count * total
+                    for used_bytes, total in zip(by_phase, totals[like], strict=True)
+                ]
+            used += by_phase
+        return max(used)
 
     def _free_for_cache(self, actor_stage: int, critic_stage: int) -> int:
         """Bytes that the generation phase leaves on one kind of rank."""
@@ -458,19 +467,45 @@ def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
     return _transient(role, transients[role])
 
 
-def _rank_kinds(job: Job) -> Mapping[tuple[int, int], Sequence[int]]:
+def _rank_kinds(job: Job) -> Mapping[tuple[int, int], range]:
     """(actor stage, critic stage) -> the ranks at both."""
     return _kinds(job.actor.layout, job.critic.layout)
 
 
 @lru_cache(maxsize=256)
-def _kinds(
-    actor: ParallelLayout, critic: ParallelLayout
-) -> Mapping[tuple[int, int], Sequence[int]]:
-    kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for rank in range(actor.world_size):
-        kinds[actor.coordinate(rank).pipeline, critic.coordinate(rank).pipeline].append(rank)
-    return kinds
+def _kinds(actor: ParallelLayout, critic: ParallelLayout) -> Mapping[tuple[int, int], range]:
+    """Ranks of a stage follow each other, so those of a stage of each model do."""
+    world = actor.world_size
+    starts = sorted(
+        {start for layout in (actor, critic) for start in range(0, world, _stage_ranks(layout))}
+    )
+    return {
+        (start // _stage_ranks(actor), start // _stage_ranks(critic)): range(start, end)
+        for start, end in zip(starts, [*starts[1:], world], strict=True)
+    }
+
+
+def _stage_ranks(layout: ParallelLayout) -> int:
+    """Ranks of a pipeline stage."""
+    return layout.world_size // layout.pipeline
+
+
+@lru_cache(maxsize=256)
+def _node_kinds(
+    actor: ParallelLayout, critic: ParallelLayout, gpus_per_node: int
+) -> tuple[tuple[tuple[tuple[int, int], int], ...], ...]:
+    """What the nodes of a job hold, each different mixture once: kinds of ranks and their number.
+
+    Of the nodes that ranks of one kind fill, one stands for all.
+    """
+    nodes: dict[int, list[tuple[tuple[int, int], int]]] = defaultdict(list)
+    for kind, ranks in _kinds(actor, critic).items():
+        first, last = ranks[0] // gpus_per_node, ranks[-1] // gpus_per_node
+        for node in sorted({first, min(first + 1, last), last}):
+            begin = max(ranks[0], node * gpus_per_node)
+            end = min(ranks[-1] + 1, (node + 1) * gpus_per_node)
+            nodes[node].append((kind, end - begin))
+    return tuple(dict.fromkeys(tuple(members) for members in nodes.values()))
 
 
 def _like(job: Job, actor_stage: int, critic_stage: int) -> tuple[int, int]:

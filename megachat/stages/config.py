@@ -7,7 +7,7 @@ from typing import Annotated, Self
 import torch
 from pydantic import Field, model_validator
 
-from megachat.config import ConfigModel, PathField
+from megachat.config import ConfigModel, PathField, Seed
 from megachat.data.config import DataConfig, SentencePieceConfig
 from megachat.errors import ConfigError
 from megachat.generation.config import GenerationConfig, SamplingConfig
@@ -63,7 +63,7 @@ class RunSection(ConfigModel):
 
     output: PathField = Path("runs/default")
     """Folder of everything the run writes."""
-    seed: int = Field(default=1234, ge=0)
+    seed: Seed = 1234
     title: str = "megachat run"
 
 

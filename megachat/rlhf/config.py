@@ -219,12 +219,17 @@ class PpoConfig(ConfigModel):
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
         """Refuses keys that are fine alone but leave another key without effect."""
-        if self.epochs * self.minibatches == 1 and not math.isinf(self.early_stop_kl):
+        if self.num_updates == 1 and not math.isinf(self.early_stop_kl):
             raise ValueError(
                 f"early_stop_kl {self.early_stop_kl} never acts with epochs 1 x minibatches 1 = 1 "
                 "update per experience: raise epochs or minibatches, or leave early_stop_kl out"
             )
         return self
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps on each experience, unless `early_stop_kl` ends them."""
+        return self.epochs * self.minibatches
 
     def check_rows(self, num_rows: int) -> None:
         """Checks the constants against the number of responses per experience.

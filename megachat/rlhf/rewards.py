@@ -130,8 +130,8 @@ class RewardNormalizer:
         """
         if self.needs_calibration:
             raise ConfigError(
-                "ppo.reward.normalization 'reference' has measured 0 samples: score responses of "
-                "the reference model and pass them to calibrate before training"
+                "rlhf.ppo.reward.normalization 'reference' has measured 0 samples: score responses "
+                "of the reference model and pass them to calibrate before training"
             )
         if self._mode is RewardNormalization.RUNNING:
             self._absorb(scores)

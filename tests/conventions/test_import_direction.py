@@ -29,7 +29,8 @@ DIRECT: Mapping[str, frozenset[str]] = {
     "checkpoint": FOUNDATION | {"model", "parallel"},
     "data": FOUNDATION,
     "planner": FOUNDATION | {"model", "parallel", "reshard"},
-    "stages": FOUNDATION | {"rlhf", "checkpoint", "data"},
+    "api": FOUNDATION | {"rlhf", "checkpoint", "data"},
+    "stages": FOUNDATION | {"api"},
     "cli": FOUNDATION | {"stages", "planner"},
 }
 """What stands directly below each part; whatever stands below that may be imported as well."""

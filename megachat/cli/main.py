@@ -230,7 +230,7 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
-    done = completed_stages(config)
+    stages, done = config.own_stages(stages), completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
     warning = check_memory(config, stages)
     set_up_logging()

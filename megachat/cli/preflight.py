@@ -21,6 +21,7 @@ from megachat.planner.job import Job, RoleSetup, Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure, MemoryPlan, Phase
 from megachat.stages.config import FROM_SFT, Precision, RoleSection, RunConfig
+from megachat.stages.context import source_folder
 from megachat.stages.status import completed_stages
 from megachat.telemetry.machine import available_bytes
 
@@ -236,15 +237,24 @@ def _setup(config: RunConfig, role: RoleSection, model: OptConfig, head: Head) -
 def known_architectures(config: RunConfig) -> Architectures | str:
     """What the models of a run are, or the name of the one that cannot be known yet."""
     models = config.models
-    actor = _architecture(config, models.actor)
+    actor = _other_runs(config, Stage.SFT) or _architecture(config, models.actor)
     if actor is None:
         return models.actor.model or "models.actor.shape"
-    if models.reward.model == FROM_SFT:
+    critic = _other_runs(config, Stage.REWARD)
+    if critic is None and models.reward.model == FROM_SFT:
         return Architectures(actor=actor, critic=actor)
-    critic = _architecture(config, models.reward)
+    critic = critic or _architecture(config, models.reward)
     if critic is None:
         return models.reward.model or "models.reward.shape"
     return Architectures(actor=actor, critic=critic)
+
+
+def _other_runs(config: RunConfig, stage: Stage) -> OptConfig | None:
+    """Of the model that is taken from another run; None: it is not, or that has left none."""
+    folder = source_folder(config, stage)
+    if config.run.source_of(stage) is None or not (folder / "config.json").is_file():
+        return None
+    return find_architecture(str(folder))
 
 
 def _architecture(config: RunConfig, role: RoleSection) -> OptConfig | None:

@@ -12,8 +12,13 @@ from megachat.data.config import Stage
 from megachat.errors import ConfigError
 from megachat.parallel.launch import Worker
 from megachat.parallel.layout import ParallelLayout
-from megachat.stages.config import RoleSection, RunConfig
-from megachat.stages.results import MODEL_FOLDER, fingerprint
+from megachat.stages.config import FROM_SFT, RoleSection, RunConfig
+from megachat.stages.results import (
+    MODEL_FOLDER,
+    RESULT_FILE,
+    fingerprint,
+    stored_fingerprint,
+)
 from megachat.telemetry.timers import PhaseTimers
 
 if TYPE_CHECKING:  # they take seconds to import, and a dry run needs folders and layouts alone
@@ -62,6 +67,10 @@ class RunContext:
         """Where a stage leaves its HuggingFace model."""
         return self.folder(stage) / MODEL_FOLDER
 
+    def source_folder(self, stage: Stage) -> Path:
+        """Where later stages read the model of a stage."""
+        return source_folder(self.config, stage)
+
     def open_metrics(self, stage: Stage) -> "MetricsWriter | NullMetricsWriter":
         """The metrics writer of a stage: real on rank 0, silent elsewhere."""
         from megachat.telemetry.metrics import open_metrics
@@ -89,6 +98,56 @@ def stage_folder(config: RunConfig, stage: Stage) -> Path:
     return config.run.output / STAGE_FOLDERS[stage]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartModel:
+    """A model that a stage starts from."""
+
+    role: str
+    """`actor` or `reward`, as in `models`."""
+    name: str
+    """A folder or hub name."""
+    stage: Stage | None
+    """Whose output it is, of this run or of another one; None: neither's."""
+
+
+def source_folder(config: RunConfig, stage: Stage) -> Path:
+    """Where later stages read the model of a stage: in this run's folder or in another run's."""
+    other = config.run.source_of(stage)
+    return (other or config.run.output) / STAGE_FOLDERS[stage] / MODEL_FOLDER
+
+
+def start_models(config: RunConfig, stage: Stage) -> tuple[StartModel, ...]:
+    """The models that a stage reads at its start; none where it starts from random weights."""
+    models = config.models
+    if stage is Stage.PROMPTS:
+        return (
+            _output_of(config, Stage.SFT, role="actor"),
+            _output_of(config, Stage.REWARD, role="reward"),
+        )
+    if stage is Stage.REWARD and models.reward.model == FROM_SFT:
+        return (_output_of(config, Stage.SFT, role="reward"),)
+    role = "actor" if stage is Stage.SFT else "reward"
+    name = (models.actor if stage is Stage.SFT else models.reward).model
+    return () if name is None else (StartModel(role=role, name=name, stage=None),)
+
+
+def _output_of(config: RunConfig, stage: Stage, *, role: str) -> StartModel:
+    return StartModel(role=role, name=str(source_folder(config, stage)), stage=stage)
+
+
+def tokenizer_source(config: RunConfig) -> str | None:
+    """The folder or hub name that the run's tokenizer is copied from; None: it is trained."""
+    if config.tokenizer.path is not None:
+        return config.tokenizer.path
+    if config.run.sft_from is not None:
+        return str(source_folder(config, Stage.SFT))
+    if config.tokenizer.train is None:
+        return config.models.actor.model
+    if config.run.reward_from is not None:
+        return str(source_folder(config, Stage.REWARD))
+    return None
+
+
 def tokenizer_folder(config: RunConfig) -> Path:
     """Where the run keeps the tokenizer that all its models share."""
     return config.run.output / TOKENIZER_FOLDER
@@ -96,9 +155,9 @@ def tokenizer_folder(config: RunConfig) -> Path:
 
 def tokenizer_fingerprint(config: RunConfig) -> str:
     """Hash of everything that determines the run's tokenizer."""
-    section = config.tokenizer
-    if section.train is None:
-        return fingerprint({"path": section.path or config.models.actor.model})
+    section, source = config.tokenizer, tokenizer_source(config)
+    if source is not None or section.train is None:
+        return fingerprint({"path": source})
     data = config.data.model_dump(mode="json", exclude={"cache_dir"})
     return fingerprint({"train": section.train.model_dump(mode="json"), "data": data})
 
@@ -118,12 +177,29 @@ def stage_fingerprint(config: RunConfig, stage: Stage) -> str:
         del tree["rlhf"][key]
     del tree["data"]["cache_dir"]
     parts = {key: tree[key] for key in ("tokenizer", "data")}
-    parts |= {"seed": tree["run"]["seed"], "actor": tree["models"]["actor"], "sft": tree["sft"]}
-    if stage is not Stage.SFT:
-        parts |= {"reward_role": tree["models"]["reward"], "reward": tree["reward"]}
-    if stage is Stage.PROMPTS:
-        parts |= {"rlhf": tree["rlhf"]}
+    parts |= {"seed": tree["run"]["seed"]} | _settings_of(config, stage, tree)
+    if "actor" not in parts:
+        parts["tokenizer_source"] = tokenizer_fingerprint(config)
     return fingerprint(parts)
+
+
+def _settings_of(config: RunConfig, stage: Stage, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stage and of those that it starts from; of another run's, its result."""
+    actor, reward = {"actor": tree["models"]["actor"]}, {"reward_role": tree["models"]["reward"]}
+    found: dict[str, Any] = {
+        Stage.SFT: actor | {"sft": tree["sft"]},
+        Stage.REWARD: reward | {"reward": tree["reward"]},
+        Stage.PROMPTS: actor | reward | {"rlhf": tree["rlhf"]},
+    }[stage]
+    for start in start_models(config, stage):
+        if start.stage is None:
+            continue
+        if config.run.source_of(start.stage) is None:
+            found |= _settings_of(config, start.stage, tree)
+        else:
+            result = source_folder(config, start.stage).parent / RESULT_FILE
+            found[f"{start.stage}_from"] = stored_fingerprint(result)
+    return found
 
 
 def prepare_output(config: RunConfig) -> None:

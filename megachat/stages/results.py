@@ -121,6 +121,15 @@ def write_result(folder: Path, result: StageResult) -> None:
     write_json(folder / RESULT_FILE, asdict(result))
 
 
+def stored_fingerprint(path: Path) -> str | None:
+    """The fingerprint in a result file; None where there is no such file or it is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return str(found)
+
+
 def read_result(folder: Path, *, expected_fingerprint: str) -> StageResult | None:
     """The result of a completed stage, or None where the stage has not completed.
 

@@ -146,7 +146,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
     return create_engine(
         context.worker,
         actor=RoleSettings(
-            model=context.model_folder(Stage.SFT),
+            model=context.source_folder(Stage.SFT),
             tensor=models.actor.tensor,
             pipeline=models.actor.pipeline,
             options=models.actor.options(),
@@ -154,7 +154,7 @@ def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
             optimizer=config.actor_optimizer,
         ),
         reward=RoleSettings(
-            model=context.model_folder(Stage.REWARD),
+            model=context.source_folder(Stage.REWARD),
             tensor=models.reward.tensor,
             pipeline=models.reward.pipeline,
             options=models.reward.options(),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from megachat.checkpoint.huggingface import is_complete
 from megachat.data.config import Stage
 from megachat.data.stage_data import training_texts
 from megachat.data.tokenizer import Tokenizer, train_sentencepiece
@@ -20,12 +21,16 @@ from megachat.stages.context import (
     STAGE_TITLES,
     TOKENIZER_RECORD,
     RunContext,
+    source_folder,
     stage_folder,
+    start_models,
     tokenizer_fingerprint,
     tokenizer_folder,
+    tokenizer_source,
 )
 from megachat.stages.inputs import Input, inputs_of
 from megachat.stages.results import (
+    RESULT_FILE,
     StageMemory,
     StageResult,
     write_json,
@@ -61,10 +66,11 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     Args:
         worker: This rank.
         config: The run.
-        stages: What to do, in order; stages before the first must be complete.
+        stages: What to do, in order, but for those whose models are taken from other runs; what
+            they start from must be complete.
         command: The command line, for the report.
     """
-    started = time.monotonic()
+    started, stages = time.monotonic(), config.own_stages(stages)
     check_output(worker, config)
     set_up_logging(config.run.output / "logs", rank=worker.rank)
     prepare(config.models.actor.logprob_backend, worker.device)
@@ -120,14 +126,36 @@ def _make_tokenizer(config: RunConfig) -> str:
     """Trains or copies the run's tokenizer where it is not there yet; returns its fingerprint."""
     folder = tokenizer_folder(config)
     if not _has_tokenizer(config):
-        section = config.tokenizer
-        if section.train is not None:
+        section, source = config.tokenizer, tokenizer_source(config)
+        if source is not None:
+            Tokenizer.load(source).save(folder)
+        else:
+            assert section.train is not None, "there is a source or a training"
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
             train_sentencepiece(training_texts(config.data), section.train, folder)
-        else:
-            Tokenizer.load(section.path or config.models.actor.model or "").save(folder)
         write_text(config.run.output / TOKENIZER_RECORD, tokenizer_fingerprint(config))
-    return Tokenizer.load(folder).fingerprint
+    tokenizer = Tokenizer.load(folder)
+    _check_sources(config, tokenizer)
+    return tokenizer.fingerprint
+
+
+def _check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Compares the run's tokenizer with those of the runs that it takes models from.
+
+    Raises:
+        ConfigError: They differ; names both.
+    """
+    for stage in Stage:
+        if config.run.source_of(stage) is None:
+            continue
+        other = Tokenizer.load(source_folder(config, stage))
+        if other.fingerprint != tokenizer.fingerprint:
+            here = tokenizer_source(config) or "trained on data.sources"
+            raise ConfigError(
+                f"run.{stage}_from: the model in {other.origin} was made with another tokenizer "
+                f"({other.vocab_size} ids) than this run's ({here}, {tokenizer.vocab_size} ids): "
+                "all models of a run share one"
+            )
 
 
 def _open_run(
@@ -138,7 +166,7 @@ def _open_run(
     Leaves the configuration in the folder.
     """
     done = completed_stages(config)
-    _require_inputs(config, done, first=stages[0])
+    _require_inputs(config, done, stages)
     write_json(config.run.output / "config.json", config.model_dump(mode="json"))
     return done, inputs_of(config, [stage for stage in stages if stage not in done])
 
@@ -160,17 +188,35 @@ def _has_tokenizer(config: RunConfig) -> bool:
     return True
 
 
-def _require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
-    """Checks that the stages before the first one to run have left their models.
+def _require_inputs(
+    config: RunConfig, done: Mapping[Stage, StageResult], stages: Sequence[Stage]
+) -> None:
+    """Checks that what the stages start from is there or is made by a stage before them.
 
     Raises:
-        CheckpointError: One of them has not.
+        CheckpointError: It is not: an earlier stage or another run has not left its model.
     """
-    for stage in Stage:
-        if stage is first:
-            return
-        if stage not in done:
-            raise CheckpointError(
-                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
-                f"incomplete, and stage '{first}' needs it: run that stage first"
-            )
+    made = set(done)
+    for stage in stages:
+        for start in start_models(config, stage) if stage not in done else ():
+            if start.stage is None or start.stage in made:
+                continue
+            other = config.run.source_of(start.stage)
+            if other is None:
+                raise CheckpointError(
+                    f"{stage_folder(config, start.stage)}: the output of stage '{start.stage}' is "
+                    f"missing or incomplete, and stage '{stage}' needs it: run that stage first, "
+                    f"or name another run by run.{start.stage}_from"
+                )
+            if not _is_finished(config, start.stage):
+                raise CheckpointError(
+                    f"run.{start.stage}_from {other}: {start.name} is missing or incomplete, and "
+                    f"stage '{stage}' starts from it: finish that run or name another"
+                )
+        made.add(stage)
+
+
+def _is_finished(config: RunConfig, stage: Stage) -> bool:
+    """Whether another run has left its model."""
+    folder = source_folder(config, stage)
+    return (folder.parent / RESULT_FILE).is_file() and is_complete(folder)

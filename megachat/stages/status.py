@@ -2,7 +2,7 @@
 
 from megachat.data.config import Stage
 from megachat.stages.config import RunConfig
-from megachat.stages.context import stage_fingerprint, stage_folder
+from megachat.stages.context import source_folder, stage_fingerprint, stage_folder
 from megachat.stages.inputs import describe_inputs, inputs_of
 from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
 
@@ -14,14 +14,17 @@ def describe_run(config: RunConfig) -> str:
     for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
         lines.append(f"layout of {name}: {role.layout(world_size)}")
     for stage in Stage:
-        state = "complete" if stage in done else "to run"
-        lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
-    lines += describe_inputs(inputs_of(config, [stage for stage in Stage if stage not in done]))
+        state, folder = "complete" if stage in done else "to run", stage_folder(config, stage)
+        if config.run.source_of(stage) is not None:
+            state, folder = "taken from another run", source_folder(config, stage)
+        lines.append(f"stage {stage}: {state} ({folder})")
+    to_run = [stage for stage in config.own_stages(list(Stage)) if stage not in done]
+    lines += describe_inputs(inputs_of(config, to_run))
     return "\n".join(lines)
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there.
+    """The results of this run's own stages whose outputs are all there.
 
     Raises:
         CheckpointError: A result file is not one.
@@ -29,6 +32,8 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
     """
     done: dict[Stage, StageResult] = {}
     for stage in Stage:
+        if config.run.source_of(stage) is not None:
+            continue
         folder = stage_folder(config, stage)
         result = read_result(folder, expected_fingerprint=stage_fingerprint(config, stage))
         if result is None:

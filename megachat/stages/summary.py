@@ -49,7 +49,7 @@ _CHARTS = (
 
 def write_run_report(config: RunConfig, *, command: str, duration_s: float) -> None:
     """Writes the report of all completed stages and shows the closing summary on the console."""
-    results = {stage: _result(config, stage) for stage in Stage}
+    results = {stage: _result(config, stage) for stage in config.own_stages(list(Stage))}
     done = {stage: result for stage, result in results.items() if result is not None}
     rlhf = done.get(Stage.PROMPTS)
     summary = RunSummary(

@@ -45,6 +45,7 @@ class GenerationConfig(ConfigModel):
     kv_cache_gb: float = Field(
         default=4.0,
         gt=0,
+        le=100_000,
         description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
         "stays untouched.",
     )

@@ -110,7 +110,7 @@ class RewardNormalizer:
         """
         if self._mode is not RewardNormalization.REFERENCE:
             raise ConfigError(
-                f"ppo.reward.normalization '{self._mode}' measures no reference samples: "
+                f"rlhf.ppo.reward.normalization '{self._mode}' measures no reference samples: "
                 f"calibrate only with '{RewardNormalization.REFERENCE}'"
             )
         self._absorb(scores)
@@ -155,7 +155,7 @@ class RewardNormalizer:
         if state["mode"] != self._mode:
             raise CheckpointError(
                 f"the reward statistics were saved with normalization '{state['mode']}', but "
-                f"ppo.reward.normalization is '{self._mode}': resume with the former"
+                f"rlhf.ppo.reward.normalization is '{self._mode}': resume with the former"
             )
         self._count = int(state["count"])
         self._mean = float(state["mean"])

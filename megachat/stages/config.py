@@ -277,7 +277,7 @@ class RlhfSection(_LoopSection):
     @model_validator(mode="after")
     def _samples_at_a_temperature(self) -> Self:
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature 0 explores nothing: PPO needs one above 0")
+            raise ValueError("rlhf.sampling.temperature 0 explores nothing: PPO needs one above 0")
         return self
 
 

@@ -130,8 +130,7 @@ def create_engine(
         ConfigError: The tokenizer does not fit a model, or a model cannot be run as asked for.
         LayoutError: A layout does not fit a model or the number of ranks.
     """
-    degree = settings.generation_tensor or actor.tensor
-    multiple = vocab_multiple_for(actor.tensor, degree)
+    multiple = vocab_multiple_for(actor.tensor, settings.generation_tensor or actor.tensor)
     with ExitStack() as parts:  # what was built before a part that fails ends with it
         groups = [
             ProcessGroups.create(
@@ -154,18 +153,10 @@ def create_engine(
             head=Head.SCALAR,
             options=(reward.options,) * 2,
         )
+        how = _hybrid_settings(actor, settings, total_steps=total_steps)
         hybrid = HybridEngine(
             policy,
-            HybridSettings(
-                generation_tensor=degree,
-                micro_batch_rows=actor.micro_batch_rows,
-                optimizer=actor.optimizer,
-                total_steps=total_steps,
-                seed=settings.seed,
-                generation=settings.generation,
-                measures=settings.measures,
-                ranks_per_node=settings.ranks_per_node,
-            ),
+            how,
             stop_ids=(tokenizer.eos_id,),
             suppressed_ids=unspeakable_ids(tokenizer, vocab_size=policy.config.vocab_size),
             synchronize=partial(_synchronize, worker.device),
@@ -188,6 +179,22 @@ def create_engine(
         )
         parts.pop_all()
     return engine
+
+
+def _hybrid_settings(
+    actor: RoleSettings, settings: EngineSettings, *, total_steps: int
+) -> HybridSettings:
+    """How the actor trains and generates."""
+    return HybridSettings(
+        generation_tensor=settings.generation_tensor or actor.tensor,
+        micro_batch_rows=actor.micro_batch_rows,
+        optimizer=actor.optimizer,
+        total_steps=total_steps,
+        seed=settings.seed,
+        generation=settings.generation,
+        measures=settings.measures,
+        ranks_per_node=settings.ranks_per_node,
+    )
 
 
 def load_models(

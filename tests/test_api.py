@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megachat.api import RoleSettings, Tokenizer, create_engine, encode_prompts
+from megachat.api import RoleSettings, Tokenizer, create_engine
 from megachat.data.config import SentencePieceConfig
 from megachat.data.tokenizer import train_sentencepiece
-from megachat.errors import DataError, MegachatError
+from megachat.errors import MegachatError
 from megachat.model import Head, OptConfig
 from tests.checkpoint import folders
 from tests.harness import run_ranks
@@ -118,21 +118,3 @@ def test_the_factory_says_what_does_not_fit(
 ) -> None:
     [said] = run_ranks(1, _refusal, models, actor, reward, tensor)
     assert message in said and bool(said) == bool(message) and "\n" not in said
-
-
-def test_prompts_are_padded_to_the_right_and_numbered(models: Path) -> None:
-    tokenizer = Tokenizer.load(models / "runs" / "a" / "sft" / "model")
-    texts = ["<human> do you like the rain ?<bot>", "<human> ?<bot>"]
-    batch = encode_prompts(tokenizer, texts, first_id=5)
-    assert batch.ids.tolist() == [5, 6]
-    for row, length, text in zip(batch.tokens, batch.lengths.tolist(), texts, strict=True):
-        assert row[:length].tolist() == tokenizer.encode(text)
-        assert set(row[length:].tolist()) <= {tokenizer.pad_id}
-
-
-def test_a_batch_without_prompts_is_refused(models: Path) -> None:
-    tokenizer = Tokenizer.load(models / "runs" / "a" / "sft" / "model")
-    with pytest.raises(DataError, match="there are none"):
-        encode_prompts(tokenizer, [])
-    with pytest.raises(DataError, match="text 1 has no token"):
-        encode_prompts(tokenizer, ["a", ""])

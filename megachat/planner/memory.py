@@ -6,17 +6,16 @@ allocator rounds up (`megachat.planner.allocator`) and what recorded decode step
 too; memory that is taken beside tensors, and the margin, are not (`megachat.planner.reserved`).
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megachat.errors import CapacityError
-from megachat.parallel.layout import ParallelLayout
 from megachat.planner.allocator import STRANDED_BYTES, workspace_rounding
 from megachat.planner.graphs import graph_bytes
 from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
+from megachat.planner.kinds import node_kinds, rank_kinds
 from megachat.planner.pools import (
     held_rounding,
     moved,
@@ -224,7 +223,7 @@ class _Planner:
         """Host bytes of the fullest node in the fullest phase."""
         totals: dict[tuple[int, int], list[int]] = {}
         used = []
-        for members in _node_kinds(
+        for members in node_kinds(
             self._job.actor.layout, self._job.critic.layout, self._cluster.gpus_per_node
         ):
             by_phase = [0] * len(Phase)
@@ -469,43 +468,7 @@ def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
 
 def _rank_kinds(job: Job) -> Mapping[tuple[int, int], range]:
     """(actor stage, critic stage) -> the ranks at both."""
-    return _kinds(job.actor.layout, job.critic.layout)
-
-
-@lru_cache(maxsize=256)
-def _kinds(actor: ParallelLayout, critic: ParallelLayout) -> Mapping[tuple[int, int], range]:
-    """Ranks of a stage follow each other, so those of a stage of each model do."""
-    world = actor.world_size
-    starts = sorted(
-        {start for layout in (actor, critic) for start in range(0, world, _stage_ranks(layout))}
-    )
-    return {
-        (start // _stage_ranks(actor), start // _stage_ranks(critic)): range(start, end)
-        for start, end in zip(starts, [*starts[1:], world], strict=True)
-    }
-
-
-def _stage_ranks(layout: ParallelLayout) -> int:
-    """Ranks of a pipeline stage."""
-    return layout.world_size // layout.pipeline
-
-
-@lru_cache(maxsize=256)
-def _node_kinds(
-    actor: ParallelLayout, critic: ParallelLayout, gpus_per_node: int
-) -> tuple[tuple[tuple[tuple[int, int], int], ...], ...]:
-    """What the nodes of a job hold, each different mixture once: kinds of ranks and their number.
-
-    Of the nodes that ranks of one kind fill, one stands for all.
-    """
-    nodes: dict[int, list[tuple[tuple[int, int], int]]] = defaultdict(list)
-    for kind, ranks in _kinds(actor, critic).items():
-        first, last = ranks[0] // gpus_per_node, ranks[-1] // gpus_per_node
-        for node in sorted({first, min(first + 1, last), last}):
-            begin = max(ranks[0], node * gpus_per_node)
-            end = min(ranks[-1] + 1, (node + 1) * gpus_per_node)
-            nodes[node].append((kind, end - begin))
-    return tuple(dict.fromkeys(tuple(members) for members in nodes.values()))
+    return rank_kinds(job.actor.layout, job.critic.layout)
 
 
 def _like(job: Job, actor_stage: int, critic_stage: int) -> tuple[int, int]:

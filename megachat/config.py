@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from annotated_types import Le, Lt
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,6 +24,7 @@ from pydantic import (
     field_serializer,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megachat.errors import ConfigError
@@ -32,6 +34,11 @@ PathField = Annotated[Path, Field(strict=False)]
 
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 """How they are written in JSON; TOML has the same words without quotes."""
+LARGEST_COUNT = 2**31 - 1
+"""Of a whole number whose field has no upper bound of its own."""
+
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""The start of a random stream."""
 
 ModelT = TypeVar("ModelT", bound="ConfigModel")
 
@@ -39,11 +46,19 @@ ModelT = TypeVar("ModelT", bound="ConfigModel")
 class ConfigModel(BaseModel):
     """Base of every configuration class: frozen, strict types, unknown keys refused.
 
-    Infinity is a value like any other ("no bound"). JSON has no word for it, so it is written as
-    the string "inf", and that string is read as a number wherever one stands. NaN is none.
+    Numbers have a range. A whole number without a bound of its own ends at `LARGEST_COUNT`, a float
+    is finite unless its field says `allow_inf_nan=True` ("no bound"). JSON has no word for
+    infinity, so it is written as the string "inf", and that string is read as a number wherever one
+    stands. NaN is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -64,6 +79,29 @@ class ConfigModel(BaseModel):
         if isinstance(value, float) and math.isinf(value):
             return "inf" if value > 0 else "-inf"
         return handler(value)
+
+    @field_validator("*")
+    @classmethod
+    def _in_reach(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses whole numbers that no counter, index or size of the libraries below holds."""
+        if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+            assert info.field_name is not None, "of a field"
+            if not has_upper_bound(cls.model_fields[info.field_name]):
+                raise ValueError(f"input should be at most {LARGEST_COUNT}")
+        return value
+
+
+def has_upper_bound(field: FieldInfo) -> bool:
+    """Whether a number has an upper bound of its own, at any depth of its annotation."""
+    waiting: list[Any] = [field]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Le | Lt):
+            return True
+        if isinstance(item, FieldInfo):
+            waiting += [*item.metadata, item.annotation]
+        waiting += [*typing.get_args(item), *getattr(item, "__metadata__", ())]
+    return False
 
 
 def load_config(
@@ -102,34 +140,66 @@ def read_toml(path: Path) -> dict[str, Any]:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Writes one `table.key=value` item into `tree`.
 
+    Entries of a list have numbers from 0 on: `data.sources.0.split=[1,0,0]`. The number after the
+    last one appends an entry.
+
     Raises:
-        ConfigError: The item has no `=`, or its table path runs through a plain value.
+        ConfigError: The item has no `=`, its path runs through a plain value, or a list has no
+            such entry.
     """
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise ConfigError(f"--set {override}: expected table.key=value")
-    node = tree
-    for depth, part in enumerate(parts[:-1]):
-        child = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parts[: depth + 1])} is not a table")
+    node: dict[str, Any] | list[Any] = tree
+    for depth, part in enumerate(parts):
+        path = ".".join(parts[:depth])
+        is_last = depth == len(parts) - 1
+        new = _parse_value(text.strip()) if is_last else {}
+        if isinstance(node, list):
+            index = _entry(node, part, path=path, override=override)
+            if index == len(node):
+                node.append(new)
+            elif is_last:
+                node[index] = new
+            child = node[index]
+        elif isinstance(node, dict):
+            if is_last:
+                node[part] = new
+            child = node.setdefault(part, new)
+        else:
+            raise ConfigError(f"--set {override}: {path} is not a table")
         node = child
-    node[parts[-1]] = _parse_value(text.strip())
+
+
+def _entry(entries: list[Any], part: str, *, path: str, override: str) -> int:
+    """The number of a list's entry, or of the one to append.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if part.isascii() and part.isdigit() and int(part) <= len(entries):
+        return int(part)
+    count = len(entries)
+    there = f"0 to {count - 1} are there and " if count else ""
+    raise ConfigError(
+        f"--set {override}: {path} is a list of {count}: {part!r} is no entry of it ({there}"
+        f"{count} appends one)"
+    )
 
 
 def build_config(model: type[ModelT], tree: Mapping[str, Any], *, source: str) -> ModelT:
     """Validates `tree` against `model`.
 
     Raises:
-        ConfigError: Names the first offending dotted key, with a suggestion for unknown keys.
+        ConfigError: Names every offending dotted key, with a suggestion for unknown keys.
     """
     try:
         return model.model_validate(dict(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ConfigError(f"{source}: {_describe(model, first)}{more}") from error
+        found = [_describe(model, detail) for detail in error.errors()]
+        count = f"{len(found)} errors: " if len(found) > 1 else ""
+        raise ConfigError(f"{source}: {count}{'; '.join(found)}") from error
 
 
 def _parse_value(text: str) -> Any:

@@ -21,6 +21,7 @@ from megachat.cli.fetch import fetch
 from megachat.cli.init import init
 from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
+from megachat.cli.ranges import GIGABYTES, GPUS_PER_NODE, NODES, check_ranges
 from megachat.errors import MegachatError
 from megachat.parallel.signals import Signalled
 
@@ -74,13 +75,15 @@ class TrainOptions:
         ),
     ] = None
     nodes: Annotated[
-        int | None, typer.Option(help="Machines, where not the deployment type's.")
+        int | None, typer.Option(help="Machines, where not the deployment type's."), NODES
     ] = None
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs in each machine, likewise.")] = (
-        None
-    )
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs in each machine, likewise."), GPUS_PER_NODE
+    ] = None
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's.")
+        float | None,
+        typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's."),
+        GIGABYTES,
     ] = None
     overrides: SetOption = None
     dry_run: DryRunOption = False
@@ -96,7 +99,8 @@ class TrainOptions:
         )
 
     def check(self) -> None:
-        """Refuses options that exclude each other."""
+        """Refuses numbers out of range, and options that exclude each other."""
+        check_ranges(self)
         if self.config is not None and self.actor_model is not None:
             raise typer.BadParameter("give either --config or --actor-model")
         if self.actor_model is None and (
@@ -232,7 +236,7 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
-    done = completed_stages(config)
+    stages, done = config.own_stages(stages), completed_stages(config)
     inputs = inputs_of(config, [stage for stage in stages if stage not in done])
     set_up_logging()
     if fetch_missing(inputs):  # before the ranks join: nobody waits for a download in a collective

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from megachat.cli.ranges import GIGABYTES, GPUS_PER_NODE, NODES, Range, check_ranges
 from megachat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,15 @@ OptionsT = TypeVar("OptionsT")
 
 _WIDTH = 150
 """Columns of the tables where no terminal says otherwise."""
+
+
+_GIGABYTES_OR_NONE = Range(least=0, most=10_000)
+_HOST_GIGABYTES = Range(least=0, most=1_000_000)
+_DEGREES = Range(least=1, most=1024)
+_ROWS = Range(least=1, most=2**20)
+_TOKENS = Range(least=1, most=2**20)
+_PASSES = Range(least=1, most=1000)
+_RANKS = Range(least=0, most=2**20)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +46,12 @@ class PlanOptions:
     gpu: Annotated[
         str, typer.Option(help="Preset of memory and speeds: a100-40, a100-80 or h100-80.")
     ] = "a100-80"
-    nodes: Annotated[int, typer.Option(help="Machines.")] = 1
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs in each machine.")] = 8
+    nodes: Annotated[int, typer.Option(help="Machines."), NODES] = 1
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in each machine."), GPUS_PER_NODE] = 8
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's.")
+        float | None,
+        typer.Option(help="Memory of one GPU, 10^9 bytes; default: the preset's."),
+        GIGABYTES,
     ] = None
     reserved_gb: Annotated[
         float | None,
@@ -47,9 +59,12 @@ class PlanOptions:
             help="Part of it that is taken beside tensors (CUDA context, NCCL's buffers, "
             "workspaces), in place of the planner's own count."
         ),
+        _GIGABYTES_OR_NONE,
     ] = None
     host_memory_gb: Annotated[
-        float | None, typer.Option(help="Pinned host memory of a node, 10^9 bytes.")
+        float | None,
+        typer.Option(help="Pinned host memory of a node, 10^9 bytes."),
+        _HOST_GIGABYTES,
     ] = None
     train: Annotated[
         str | None,
@@ -59,31 +74,39 @@ class PlanOptions:
         ),
     ] = None
     generate: Annotated[
-        int | None, typer.Option(help="Fixes the tensor degree of generation; default: searched.")
+        int | None,
+        typer.Option(help="Fixes the tensor degree of generation; default: searched."),
+        _DEGREES,
     ] = None
     critic_train: Annotated[
         str | None,
         typer.Option(metavar="TENSOR,PIPELINE,DATA", help="Fixes the critic's layout."),
     ] = None
-    prompts: Annotated[int, typer.Option(help="Prompts of a PPO step, over the whole job.")] = 1024
-    prompt_tokens: Annotated[int, typer.Option(help="Longest prompt.")] = 256
-    response_tokens: Annotated[int, typer.Option(help="Longest response.")] = 256
-    ppo_epochs: Annotated[int, typer.Option(help="Passes over each experience.")] = 1
-    minibatches: Annotated[int, typer.Option(help="Optimizer steps of a pass.")] = 1
-    sft_rows: Annotated[int, typer.Option(help="Rows of a batch of fine-tuning.")] = 512
-    reward_pairs: Annotated[int, typer.Option(help="Pairs of a batch of reward training.")] = 256
-    micro_batch_rows: Annotated[int, typer.Option(help="Rows that go through at once.")] = 2
-    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the cache.")] = 32
+    prompts: Annotated[
+        int, typer.Option(help="Prompts of a PPO step, over the whole job."), _ROWS
+    ] = 1024
+    prompt_tokens: Annotated[int, typer.Option(help="Longest prompt."), _TOKENS] = 256
+    response_tokens: Annotated[int, typer.Option(help="Longest response."), _TOKENS] = 256
+    ppo_epochs: Annotated[int, typer.Option(help="Passes over each experience."), _PASSES] = 1
+    minibatches: Annotated[int, typer.Option(help="Optimizer steps of a pass."), _ROWS] = 1
+    sft_rows: Annotated[int, typer.Option(help="Rows of a batch of fine-tuning."), _ROWS] = 512
+    reward_pairs: Annotated[
+        int, typer.Option(help="Pairs of a batch of reward training."), _ROWS
+    ] = 256
+    micro_batch_rows: Annotated[int, typer.Option(help="Rows that go through at once."), _ROWS] = 2
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the cache."), _TOKENS] = 32
     max_sequences: Annotated[
-        int | None, typer.Option(help="Sequences in work at once per replica; default: what fits.")
+        int | None,
+        typer.Option(help="Sequences in work at once per replica; default: what fits."),
+        _ROWS,
     ] = None
     rank: Annotated[
-        int | None, typer.Option(help="Whose memory to show; default: the fullest rank's.")
+        int | None, typer.Option(help="Whose memory to show; default: the fullest rank's."), _RANKS
     ] = None
     search: Annotated[bool, typer.Option("--search", help="Show the ranking of all layouts.")] = (
         False
     )
-    limit: Annotated[int, typer.Option(help="Rows of the ranking.")] = 10
+    limit: Annotated[int, typer.Option(help="Rows of the ranking."), _ROWS] = 10
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False
 
@@ -126,6 +149,7 @@ def plan(options: PlanOptions) -> None:
     from megachat.planner import report
     from megachat.planner.search import search
 
+    check_ranges(options)
     request = _request(options)
     result = search(request)
     best = result.best
@@ -167,8 +191,6 @@ def _request(options: PlanOptions) -> "PlanRequest":
     )
     if options.rank is not None and not 0 <= options.rank < cluster.world_size:
         raise ConfigError(f"--rank {options.rank}: the job has ranks 0 to {cluster.world_size - 1}")
-    if options.limit < 1:
-        raise ConfigError(f"--limit {options.limit}: expected at least 1")
     rows = options.micro_batch_rows
     layouts = [
         None if text is None else parse_layout(text)

@@ -17,7 +17,14 @@ from megachat.planner.job import Job, Workload
 from megachat.planner.memory import plan_memory, refusal
 from megachat.planner.records import Measure
 from megachat.planner.report import plan_lines
-from megachat.planner.search import Plan, PlanRequest, SearchResult, fits_somewhere, search
+from megachat.planner.search import (
+    Plan,
+    PlanRequest,
+    SearchResult,
+    fits_somewhere,
+    search,
+    with_all_ranks,
+)
 
 if TYPE_CHECKING:
     from megachat.stages.config import RunConfig
@@ -199,7 +206,7 @@ def _chosen(
 ) -> Plan:
     result = _searched(actor, critic, cluster)
     if result.plans:
-        return _simplest(result.plans)
+        return with_all_ranks(_simplest(result.plans))
     enough = smallest_cluster(actor, critic, cluster)
     advice = (
         f"no cluster of up to {_MOST_NODES} nodes of such GPUs would do, for a generation tensor "

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megachat.config import ConfigModel, PathField
+from megachat.config import ConfigModel, PathField, Seed
 from megachat.data.chat import ChatConfig
 from megachat.data.formats import FORMATS, Stage, unknown_name
 from megachat.data.own_formats import OWN_FORMATS, Render
@@ -174,7 +174,7 @@ class DataConfig(ConfigModel):
     max_validation_rows: Annotated[int, Field(gt=0)] | None = 2000
     """Largest number of held-out rows per source; rows beyond it stay in the training set where
     they were held out by share."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Seed = 1234
     """Seed of the split and the hold-out."""
     max_prompt_tokens: Annotated[int, Field(gt=1)] = 256
     """Longest prompt, a beginning-of-sequence token included."""
@@ -251,5 +251,5 @@ class SentencePieceConfig(ConfigModel):
     """Texts that are sampled for training; more costs time and memory for little gain."""
     max_sentence_bytes: Annotated[int, Field(gt=0)] = 16_384
     """Texts longer than this many UTF-8 bytes are left out of the training."""
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Seed = 1234
     """Seed of the sampling of texts."""

@@ -84,6 +84,8 @@ class BatchLoader(ABC, Generic[BatchT]):
 
     stage: ClassVar[Stage]
     """Stage whose rows this loader reads."""
+    batch_key: ClassVar[str]
+    """The key of a run's configuration that says how large a batch is."""
 
     def __init__(self, rows: TokenSet, options: LoaderOptions) -> None:
         """Prepares epoch 0.
@@ -108,7 +110,7 @@ class BatchLoader(ABC, Generic[BatchT]):
         if not len(self):
             raise DataError(
                 f"data for {self.stage}: {self.rows_per_epoch} rows do not make one batch of "
-                f"{options.batch_size}: use a smaller batch_size"
+                f"{options.batch_size}: lower {self.batch_key} or give more rows"
             )
 
     @property
@@ -191,6 +193,7 @@ class SftLoader(BatchLoader[SftBatch]):
     """Batches for supervised training."""
 
     stage = Stage.SFT
+    batch_key = "sft.batch_rows"
 
     def _assemble(self, table: Any) -> SftBatch:
         """Marks as targets the tokens that the recipe trains; the first token never is one."""
@@ -207,6 +210,7 @@ class PreferenceLoader(BatchLoader[PreferenceBatch]):
     """Batches of answer pairs for the reward model."""
 
     stage = Stage.REWARD
+    batch_key = "reward.batch_pairs"
 
     def _assemble(self, table: Any) -> PreferenceBatch:
         tokens, lengths = self._pad([table["chosen_tokens"], table["rejected_tokens"]])
@@ -221,6 +225,7 @@ class PromptLoader(BatchLoader[PromptBatch]):
     """Batches of prompts for PPO."""
 
     stage = Stage.PROMPTS
+    batch_key = "rlhf.batch_prompts"
 
     def _assemble(self, table: Any) -> PromptBatch:
         (tokens,), (lengths,) = self._pad([table["tokens"]])

@@ -49,7 +49,7 @@ class GenerationConfig(ConfigModel):
     kv_cache_gb: float = Field(
         default=4.0,
         gt=0,
-        allow_inf_nan=False,
+        le=100_000,
         description="Largest key-value cache per rank, in 10^9 bytes; what a batch does not need "
         "stays untouched.",
     )

@@ -84,21 +84,27 @@ class MemoryCheck(StrEnum):
 class LaunchConfig(ConfigModel):
     """How many processes run the job, where, and on which device."""
 
-    processes: int = Field(default=1, ge=1, le=2**22, description="Processes on each node.")
-    nodes: int = Field(default=1, ge=1, le=2**20, description="Nodes of the job.")
+    processes: int = Field(default=1, ge=1, le=1024, description="Processes on each node.")
+    nodes: int = Field(default=1, ge=1, le=1000, description="Nodes of the job.")
     rendezvous: str | None = Field(
         default=None,
         description="host:port of the first node, for jobs of several nodes. One node needs none, "
         "and srun tells it.",
     )
     join_seconds: float = Field(
-        default=600.0, gt=0, description="How long nodes wait for those that are not there yet."
+        default=600.0,
+        gt=0,
+        le=604_800,
+        description="How long nodes wait for those that are not there yet.",
     )
     device: str = Field(
         default="auto", pattern="^(auto|cpu|cuda)$", description="auto takes CUDA where present."
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads a process; None shares the cores evenly."
+        default=None,
+        ge=1,
+        le=4096,
+        description="CPU threads a process; None shares the cores evenly.",
     )
 
     keep_freed_memory: bool = Field(

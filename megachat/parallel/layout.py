@@ -3,9 +3,12 @@
 Pure: no process group, no device. Two or more layouts are alive in every RLHF job.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from itertools import chain
 
 from megachat.errors import LayoutError
 
@@ -113,7 +116,7 @@ class ParallelLayout:
             Axis.PIPELINE: self.tensor * self.data,
         }[axis]
         first = rank - here.along(axis) * stride
-        return tuple(first + index * stride for index in range(self.degree(axis)))
+        return tuple(range(first, first + self.degree(axis) * stride, stride))
 
     def groups_along(self, axis: Axis) -> tuple[tuple[int, ...], ...]:
         """All groups of ranks along one axis, each rank in exactly one, ordered by first rank."""
@@ -164,7 +167,7 @@ class GenerationPlacement:
 
     def __post_init__(self) -> None:
         """Refuses degrees that do not nest into the training layout."""
-        if self.tensor not in self.legal_degrees(self.source):
+        if not self._is_legal(self.source, self.tensor):
             raise LayoutError(
                 f"generation tensor degree {self.tensor} does not fit training layout "
                 f"{self.source}: it must divide the world of {self.source.world_size} ranks and "
@@ -175,12 +178,15 @@ class GenerationPlacement:
     @staticmethod
     def legal_degrees(source: ParallelLayout) -> tuple[int, ...]:
         """Generation tensor degrees that nest into a training layout, ascending."""
-        world, tensor = source.world_size, source.tensor
-        return tuple(
-            degree
-            for degree in range(1, world + 1)
-            if world % degree == 0 and (tensor % degree == 0 or degree % tensor == 0)
-        )
+        nests = GenerationPlacement._is_legal
+        return tuple(degree for degree in divisors(source.world_size) if nests(source, degree))
+
+    @staticmethod
+    def _is_legal(source: ParallelLayout, degree: int) -> bool:
+        """Whether a generation tensor degree nests into a training layout."""
+        if degree < 1 or source.world_size % degree:
+            return False
+        return source.tensor % degree == 0 or degree % source.tensor == 0
 
     @property
     def tiles(self) -> int:
@@ -222,11 +228,20 @@ class GenerationPlacement:
             for index in range(self.tensor)
         )
 
+    @property
+    def period(self) -> int:
+        """Neighbouring ranks that hold whole copies of the model; the next ones do the same."""
+        return self.source.tensor * self.splits
+
     def replica_group(self, rank: int) -> tuple[int, ...]:
-        """Ranks with the same generation tensor rank in all the copies, by replica."""
+        """Ranks with the same generation tensor rank in all the copies, by replica.
+
+        Within a period these are neighbours, one for each tile, and ascend as their replicas do.
+        """
         own = self.tensor_rank(rank)
-        ranks = [r for r in range(self.source.world_size) if self.tensor_rank(r) == own]
-        return tuple(sorted(ranks, key=self.replica))
+        first = [each for each in range(self.period) if self.tensor_rank(each) == own]
+        columns = (range(each, self.source.world_size, self.period) for each in first)
+        return tuple(chain.from_iterable(zip(*columns, strict=True)))
 
     def tile_group(self, rank: int) -> tuple[int, ...]:
         """Ranks of one stage whose training shards make up the same generation shard."""
@@ -240,6 +255,13 @@ class GenerationPlacement:
         """
         stages = self.source.ranks_along(Axis.PIPELINE, rank)
         return tuple(member for stage in stages for member in self.tile_group(stage))
+
+
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """All divisors, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return tuple(dict.fromkeys((*small, *(number // divisor for divisor in reversed(small)))))
 
 
 def nearest_degrees(wanted: int, legal: Iterable[int]) -> str:

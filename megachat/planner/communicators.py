@@ -20,9 +20,10 @@ None of this was measured with this project's jobs. `NCCL_MAX_NCHANNELS`, `NCCL_
 and `NCCL_BUFFSIZE` make it less.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 
@@ -52,7 +53,8 @@ class Communicator:
     """One group of ranks that communicates, as one of them sees it."""
 
     name: str
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
+    """A range where they follow each other at equal distances: there may be thousands."""
     use: Use
     peers: tuple[int, ...] = ()
     """Ranks that this one exchanges tensors with, one to one."""
@@ -60,7 +62,7 @@ class Communicator:
     def buffer_bytes(self, rank: int, *, ranks_per_node: int) -> int:
         """Predicted bytes of NCCL's buffers on a rank of the group."""
         node = rank // ranks_per_node
-        local = sum(member // ranks_per_node == node for member in self.ranks)
+        local = _count_between(self.ranks, node * ranks_per_node, (node + 1) * ranks_per_node)
         trees = self.use is Use.SUM
         if local == len(self.ranks):
             links = 1 + (min(2, local - 1) if trees else 0)
@@ -89,22 +91,32 @@ def communicators(
     """
     placement = GenerationPlacement(source=actor, tensor=generation_tensor)
     found = [
-        Communicator(name="world", ranks=tuple(range(actor.world_size)), use=Use.SUM),
+        Communicator(name="world", ranks=range(actor.world_size), use=Use.SUM),
         *_of_layout(actor, rank, crosses_stages=_crosses_stages(placement)),
         *(_of_layout(critic, rank, crosses_stages=False) if critic != actor else ()),
         *_of_generation(placement, rank),
     ]
-    by_ranks: dict[tuple[int, ...], list[Communicator]] = defaultdict(list)
+    by_ranks: dict[Sequence[int], list[Communicator]] = defaultdict(list)
     for item in found:
-        by_ranks[item.ranks].append(item)
-    return tuple(_shared(items) for ranks, items in by_ranks.items() if len(ranks) > 1)
+        by_ranks[_evenly(item.ranks)].append(item)
+    return tuple(_shared(ranks, items) for ranks, items in by_ranks.items() if len(ranks) > 1)
 
 
-def _shared(items: Sequence[Communicator]) -> Communicator:
+def _evenly(ranks: Sequence[int]) -> range | tuple[int, ...]:
+    """Ranks as a range, if they are one, so that equal groups are equal and cheap to compare."""
+    if isinstance(ranks, range):
+        return ranks
+    ranks = tuple(ranks)
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    evenly = range(ranks[0], ranks[0] + step * len(ranks), step)
+    return evenly if tuple(evenly) == ranks else ranks
+
+
+def _shared(ranks: Sequence[int], items: Sequence[Communicator]) -> Communicator:
     """One communicator for all that groups of the same ranks do."""
     return Communicator(
         name=", ".join(item.name for item in items),
-        ranks=items[0].ranks,
+        ranks=ranks,
         use=Use.SUM if any(item.use is Use.SUM for item in items) else Use.GATHER,
         peers=tuple(sorted({peer for item in items for peer in item.peers})),
     )
@@ -137,7 +149,7 @@ def _of_layout(
     here = layout.coordinate(rank)
     for name, ranks in (
         ("tensor", layout.ranks_along(Axis.TENSOR, rank)),
-        ("data", layout.ranks_along(Axis.DATA, rank)),
+        ("data", _data_group(layout, rank)),
         ("model", _model_group(layout, here.data)),
     ):
         yield Communicator(name=f"{layout} {name}", ranks=ranks, use=Use.SUM)
@@ -156,11 +168,18 @@ def _of_generation(placement: GenerationPlacement, rank: int) -> Iterator[Commun
     """The groups of `megachat.parallel.groups.GenerationGroups`."""
     for name, ranks, use in (
         ("tensor", placement.tensor_group(rank), Use.SUM),
-        ("data", _replica_group(placement, placement.tensor_rank(rank)), Use.GATHER),
+        ("data", _replicas(placement, rank), Use.GATHER),
         ("tiles", placement.tile_group(rank), Use.GATHER),
         ("gather", placement.gather_group(rank), Use.GATHER),
     ):
         yield Communicator(name=f"generation {name}", ranks=ranks, use=use)
+
+
+def _replicas(placement: GenerationPlacement, rank: int) -> Sequence[int]:
+    """`placement.replica_group`, as a range where a rank in each period is in it."""
+    if placement.tiles == 1:
+        return range(rank % placement.period, placement.source.world_size, placement.period)
+    return placement.replica_group(rank)
 
 
 def _crosses_stages(placement: GenerationPlacement) -> bool:
@@ -172,6 +191,12 @@ def _crosses_stages(placement: GenerationPlacement) -> bool:
     return placement.source.pipeline > 1 and (placement.splits > 1 or placement.tiles > 1)
 
 
+def _data_group(layout: ParallelLayout, rank: int) -> range:
+    """`layout.ranks_along(Axis.DATA, rank)`."""
+    first = layout.rank_of(replace(layout.coordinate(rank), data=0))
+    return range(first, first + layout.tensor * layout.data, layout.tensor)
+
+
 @cache
 def _model_group(layout: ParallelLayout, data: int) -> tuple[int, ...]:
     return tuple(
@@ -181,10 +206,14 @@ def _model_group(layout: ParallelLayout, data: int) -> tuple[int, ...]:
     )
 
 
-@cache
-def _replica_group(placement: GenerationPlacement, tensor_rank: int) -> tuple[int, ...]:
-    ranks = range(placement.source.world_size)
-    return tuple(rank for rank in ranks if placement.tensor_rank(rank) == tensor_rank)
+def _count_between(ranks: Sequence[int], first: int, end: int) -> int:
+    """How many of the ranks are at least `first` and below `end`.
+
+    A group of more ranks than a node has GPUs is in ascending order, and may hold thousands.
+    """
+    if len(ranks) <= end - first:
+        return sum(first <= rank < end for rank in ranks)
+    return bisect_left(ranks, end) - bisect_left(ranks, first)
 
 
 def _others(ranks: Sequence[int], rank: int) -> tuple[int, ...]:

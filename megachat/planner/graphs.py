@@ -6,6 +6,8 @@ keeps its logits; the rest of a step's tensors make room for those of the next r
 keeps the kernels of each.
 """
 
+from functools import cache
+
 from megachat.planner.job import Job
 
 _FINE_ROWS = 8
@@ -18,6 +20,7 @@ _KERNEL_BYTES = 16 * 2**10
 of 32 layers, their pool included: 20 KiB for each of some 13,000 kernels at most."""
 
 
+@cache
 def row_buckets(most: int) -> tuple[int, ...]:
     """Rows of the steps that are recorded where at most so many sequences run at once."""
     doubling = [rows for rows in (1, 2, 4, 8) if rows < 2 * most]
@@ -40,11 +43,16 @@ def graph_bytes(job: Job) -> int:
     """Predicted bytes of all recordings on a rank."""
     if not job.graphs:
         return 0
-    rows, config = row_buckets(job.most_at_once), job.actor.config
-    columns = num_column_buckets(job.blocks_per_sequence)
-    logits = sum(rows) * columns * _logits_bytes(job)
+    config, columns = job.actor.config, num_column_buckets(job.blocks_per_sequence)
+    logits = _sum_of_buckets(job.most_at_once) * columns * _logits_bytes(job)
     kernels = num_graphs(job) * (_LAYER_KERNELS * config.layers + _EDGE_KERNELS)
     return logits + kernels * _KERNEL_BYTES
+
+
+@cache
+def _sum_of_buckets(most: int) -> int:
+    """Rows of all steps that are recorded with block tables of one width."""
+    return sum(row_buckets(most))
 
 
 def _logits_bytes(job: Job) -> int:

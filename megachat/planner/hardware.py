@@ -37,8 +37,10 @@ class Allocator(StrEnum):
 class ClusterConfig(ConfigModel):
     """Equal nodes of equal GPUs; the defaults are those of `Gpu.A100_80`."""
 
-    nodes: int = Field(default=1, ge=1, description="Machines of the job.")
-    gpus_per_node: int = Field(default=8, ge=1, description="GPUs in each machine.")
+    nodes: int = Field(default=1, ge=1, le=1000, description="Machines of the job.")
+    gpus_per_node: int = Field(
+        default=8, ge=1, description="GPUs in each machine; on CPUs the processes of the whole job."
+    )
     gpu_memory_gb: float = Field(default=80.0, gt=0, description="Memory of one GPU, 10^9 bytes.")
     reserved_gb: float | None = Field(
         default=None,

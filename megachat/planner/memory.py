@@ -6,17 +6,16 @@ allocator rounds up (`megachat.planner.allocator`) and what recorded decode step
 too; memory that is taken beside tensors, and the margin, are not (`megachat.planner.reserved`).
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megachat.errors import CapacityError
-from megachat.parallel.layout import ParallelLayout
 from megachat.planner.allocator import STRANDED_BYTES, workspace_rounding
 from megachat.planner.graphs import graph_bytes
 from megachat.planner.hardware import GB, Allocator, ClusterConfig
 from megachat.planner.job import Job, Role, RoleSetup, Workload
+from megachat.planner.kinds import node_kinds, rank_kinds
 from megachat.planner.pools import (
     held_rounding,
     moved,
@@ -97,7 +96,7 @@ def _plan(
     cluster: ClusterConfig,
     measures: frozenset[Measure],
     *,
-    kinds: Mapping[tuple[int, int], Sequence[int]],
+    kinds: Mapping[tuple[int, int], range],
 ) -> MemoryPlan:
     """A plan of some kinds of ranks."""
     job.check_cluster(cluster)
@@ -105,7 +104,7 @@ def _plan(
     cache = planner.cache(list(kinds))
     ranks = tuple(
         RankMemory(
-            ranks=tuple(members),
+            ranks=members,
             actor_stage=actor_stage,
             critic_stage=critic_stage,
             phases=planner.phases(actor_stage, critic_stage, cache),
@@ -222,14 +221,23 @@ class _Planner:
 
     def fullest_host(self, cache: CachePlan) -> int:
         """Host bytes of the fullest node in the fullest phase."""
-        used: dict[tuple[int, Phase], int] = defaultdict(int)
-        for kind, ranks in _rank_kinds(self._job).items():
-            phases = self.phases(*_like(self._job, *kind), cache)
-            totals = [(phase.phase, phase.total(Residence.HOST)) for phase in phases]
-            for rank in ranks:
-                for phase, total in totals:
-                    used[self._cluster.node_of(rank), phase] += total
-        return max(used.values())
+        totals: dict[tuple[int, int], list[int]] = {}
+        used = []
+        for members in node_kinds(
+            self._job.actor.layout, self._job.critic.layout, self._cluster.gpus_per_node
+        ):
+            by_phase = [0] * len(Phase)
+            for kind, count in members:
+                like = _like(self._job, *kind)
+                if like not in totals:
+                    phases = self.phases(*like, cache)
+                    totals[like] = [phase.total(Residence.HOST) for phase in phases]
+                by_phase = [
+                    used_bytes + count * total
+                    for used_bytes, total in zip(by_phase, totals[like], strict=True)
+                ]
+            used += by_phase
+        return max(used)
 
     def _free_for_cache(self, actor_stage: int, critic_stage: int) -> int:
         """Bytes that the generation phase leaves on one kind of rank."""
@@ -458,19 +466,9 @@ def _largest(transients: Mapping[Role, Transients]) -> Iterator[PoolBytes]:
     return _transient(role, transients[role])
 
 
-def _rank_kinds(job: Job) -> Mapping[tuple[int, int], Sequence[int]]:
+def _rank_kinds(job: Job) -> Mapping[tuple[int, int], range]:
     """(actor stage, critic stage) -> the ranks at both."""
-    return _kinds(job.actor.layout, job.critic.layout)
-
-
-@lru_cache(maxsize=256)
-def _kinds(
-    actor: ParallelLayout, critic: ParallelLayout
-) -> Mapping[tuple[int, int], Sequence[int]]:
-    kinds: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for rank in range(actor.world_size):
-        kinds[actor.coordinate(rank).pipeline, critic.coordinate(rank).pipeline].append(rank)
-    return kinds
+    return rank_kinds(job.actor.layout, job.critic.layout)
 
 
 def _like(job: Job, actor_stage: int, critic_stage: int) -> tuple[int, int]:

@@ -110,7 +110,7 @@ class PhaseMemory:
 class RankMemory:
     """Ranks that hold the same, and what they hold in each phase."""
 
-    ranks: tuple[int, ...]
+    ranks: range
     actor_stage: int
     critic_stage: int
     phases: tuple[PhaseMemory, ...]

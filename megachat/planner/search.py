@@ -7,12 +7,13 @@ ones the one with fewest measures.
 Candidates are ranked by predicted time of a PPO step.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megachat.errors import CapacityError, LayoutError
 from megachat.model.config import Head, OptConfig, Recompute, vocab_multiple_for
-from megachat.parallel.layout import GenerationPlacement, ParallelLayout
+from megachat.parallel.layout import GenerationPlacement, ParallelLayout, divisors
 from megachat.planner.hardware import ClusterConfig
 from megachat.planner.job import Job, RoleSetup, Workload
 from megachat.planner.memory import plan_fullest, plan_memory, refusal
@@ -29,6 +30,9 @@ _LADDER: tuple[frozenset[Measure], ...] = (
 )
 """Sets of measures, each making more room than the one before: what is free comes first, then what
 frees most."""
+
+MOST_GPUS = 16_000
+"""Beyond this a search of all layouts takes longer than one wants to wait for it."""
 
 _CRITIC_SHARE = 0.25
 """The critic gets the smallest tensor degree at which its long-lived pools take at most this part
@@ -80,6 +84,8 @@ class Plan:
     job: Job
     cluster: ClusterConfig
     memory: MemoryPlan
+    """Of all ranks in the plan that a search found best; in the others of those ranks that can be
+    the fullest (`with_all_ranks` adds the rest)."""
     seconds: StepSeconds
     """Of one PPO step; predicted."""
 
@@ -133,7 +139,9 @@ def search(request: PlanRequest) -> SearchResult:
 
     Raises:
         LayoutError: A fixed layout does not fit the model or the cluster.
+        CapacityError: The cluster has more than `MOST_GPUS`, and the layouts are not fixed.
     """
+    _check_size(request)
     plans: list[Plan] = []
     refused: list[_Refused] = []
     for train in _training_layouts(request):
@@ -146,8 +154,23 @@ def search(request: PlanRequest) -> SearchResult:
             if outcome.refusal.generation_tensor is None:
                 break
     plans.sort(key=lambda plan: plan.seconds.total)
+    plans[:1] = [with_all_ranks(plan) for plan in plans[:1]]
     refused.sort(key=lambda item: item.excess_bytes)
     return SearchResult(plans=tuple(plans), refusals=tuple(item.refusal for item in refused))
+
+
+def _check_size(request: PlanRequest) -> None:
+    cluster = request.cluster
+    if cluster.world_size > MOST_GPUS and request.actor_options.layout is None:
+        raise CapacityError(
+            f"{cluster.nodes} nodes x {cluster.gpus_per_node} GPUs = {cluster.world_size}: layouts "
+            f"are searched on up to {MOST_GPUS} GPUs: fix the actor's, or plan fewer GPUs"
+        )
+
+
+def with_all_ranks(plan: Plan) -> Plan:
+    """The same plan with the memory of all ranks, where a search looked at the fullest alone."""
+    return replace(plan, memory=plan_memory(plan.job, plan.cluster, plan.memory.measures))
 
 
 def fits_somewhere(request: PlanRequest) -> bool:
@@ -192,11 +215,15 @@ def _choose(request: PlanRequest, train: ParallelLayout, tensor: int) -> Plan | 
     for job in ways if _fits_gpu(roomiest) else ():
         if not _fits_gpu(plan_fullest(job, request.cluster, _LADDER[-1])):
             continue
-        memories = (plan_fullest(job, request.cluster, rung) for rung in _LADDER)
-        plans = [_timed(job, request.cluster, memory) for memory in memories if memory.fits]
+        plans = []
+        for rung in _LADDER:
+            memory = plan_fullest(job, request.cluster, rung)
+            if memory.fits:
+                plans.append(_timed(job, request.cluster, memory))
+                if memory.cache.num_blocks >= memory.cache.needed_blocks:
+                    break  # more room would save no time, and offloading costs some
         if plans:
-            best = min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
-            return replace(best, memory=plan_memory(job, request.cluster, best.memory.measures))
+            return min(plans, key=lambda plan: (plan.seconds.total, len(plan.memory.measures)))
     reason = refusal(roomiest)
     assert reason is not None
     generates = roomiest.fullest.peak.phase is Phase.GENERATION
@@ -241,8 +268,8 @@ def _training_layouts(request: PlanRequest) -> Iterator[ParallelLayout]:
         cluster.check_world(fixed.world_size, what=f"actor layout {fixed}")
         yield fixed
         return
-    for tensor in _divisors(cluster.gpus_per_node):
-        for pipeline in _divisors(cluster.world_size // tensor):
+    for tensor in divisors(cluster.gpus_per_node):
+        for pipeline in divisors(cluster.world_size // tensor):
             layout = ParallelLayout.for_world(cluster.world_size, tensor=tensor, pipeline=pipeline)
             if _fits_evenly(config, layout):
                 yield layout
@@ -264,7 +291,10 @@ def _generation_degrees(request: PlanRequest, train: ParallelLayout) -> Iterator
 def _spans_nodes(request: PlanRequest, train: ParallelLayout, tensor: int) -> bool:
     placement = GenerationPlacement(source=train, tensor=tensor)
     node = request.cluster.node_of
-    groups = (placement.tensor_group(rank) for rank in range(train.world_size))
+    # From there on the groups lie over the nodes as they did from rank 0 on.
+    repeats = math.lcm(placement.period, request.cluster.gpus_per_node)
+    ranks = range(min(train.world_size, repeats))
+    groups = (placement.tensor_group(rank) for rank in ranks)
     return any(node(group[0]) != node(group[-1]) for group in groups)
 
 
@@ -274,10 +304,6 @@ def _fits_evenly(config: OptConfig, layout: ParallelLayout) -> bool:
     except LayoutError:
         return False
     return True
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _job(
@@ -333,7 +359,7 @@ def _critic(request: PlanRequest, mode: Recompute) -> RoleSetup:
     if options.layout is not None:
         return setup
     allowed = _CRITIC_SHARE * request.cluster.gpu_bytes
-    for tensor in _divisors(request.cluster.gpus_per_node):
+    for tensor in divisors(request.cluster.gpus_per_node):
         layout = ParallelLayout.for_world(request.cluster.world_size, tensor=tensor)
         if _fits_evenly(request.critic, layout):
             setup = replace(setup, layout=layout)

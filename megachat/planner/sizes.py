@@ -7,7 +7,7 @@ from math import prod
 
 from megachat.model.config import Head, OptConfig
 from megachat.model.specs import WORD_EMBEDDING, Placement, TensorSpec, parameter_specs
-from megachat.parallel.layout import Axis
+from megachat.parallel.layout import ParallelLayout
 from megachat.planner.job import RoleSetup
 
 
@@ -118,22 +118,30 @@ def received_between_nodes(setup: RoleSetup, *, tensor: int, rank: int, ranks_pe
     What another stage trains comes from the peer in the same pipeline, 1 / max(degrees) of every
     matrix; the other tiles come from the same node.
     """
-    peers = setup.layout.ranks_along(Axis.PIPELINE, rank)
     here = setup.layout.coordinate(rank).pipeline
     cut = max(tensor, setup.layout.tensor)
-    is_near = [peer // ranks_per_node == rank // ranks_per_node for peer in peers]
     words, last = _table_of(setup).words, setup.layout.pipeline - 1
-    elements = sum(
-        stage_part(setup, stage=stage).on_rank(cut)
-        for stage in range(setup.layout.pipeline)
-        if not is_near[stage]
-    )
+    near = _stages_in_node(setup.layout, rank, ranks_per_node)
+    far_ends = [stage for stage in dict.fromkeys((0, last)) if stage not in near]
+    far_between = setup.layout.pipeline - len(near) - len(far_ends)
+    elements = sum(stage_part(setup, stage=stage).on_rank(cut) for stage in far_ends)
+    if far_between:  # they are alike
+        elements += far_between * stage_part(setup, stage=1).on_rank(cut)
     if last > 0 and setup.head is Head.LANGUAGE_MODEL:
         # The tied embedding is in two stages' shards, but travels at most once.
-        copies_far = (not is_near[0]) + (not is_near[last])
-        wanted = 0 if here in (0, last) or is_near[0] or is_near[last] else 1
+        copies_far = len(far_ends)
+        wanted = 0 if here in (0, last) or copies_far < 2 else 1
         elements -= (copies_far - wanted) * words.on_rank(cut)
     return elements
+
+
+def _stages_in_node(layout: ParallelLayout, rank: int, ranks_per_node: int) -> range:
+    """The pipeline stages whose peer of a rank is on the rank's node."""
+    stage_ranks = layout.tensor * layout.data
+    first_peer, node_begin = rank % stage_ranks, rank // ranks_per_node * ranks_per_node
+    first = -(-(node_begin - first_peer) // stage_ranks)
+    end = -(-(node_begin + ranks_per_node - first_peer) // stage_ranks)
+    return range(max(0, first), min(layout.pipeline, end))
 
 
 def word_elements(setup: RoleSetup) -> int:

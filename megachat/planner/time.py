@@ -111,7 +111,7 @@ class _Clock:
     def prefill(self, job: Job) -> float:
         """All prompts, spread over all GPUs."""
         work, config = job.workload, job.actor.config
-        flops = _forward(_shape(job.actor), work.prompts, work.prompt_tokens, work.prompts)
+        flops = _forward(_shape(job.actor), work.prompts, work.prompt_tokens, 1)
         tokens = -(-work.prompts // job.generation_layout.data) * work.prompt_tokens
         passes = -(-tokens // job.prefill_tokens)
         per_pass = job.actor.value_bytes * min(tokens, job.prefill_tokens) * config.hidden
@@ -222,22 +222,25 @@ def _shape(setup: RoleSetup) -> TransformerShape:
 
 @cache
 def _forward(shape: TransformerShape, rows: int, tokens: int, head_tokens: int | None) -> int:
-    return forward_flops(shape, lengths=[tokens] * rows, head_tokens=head_tokens).total
+    """Of equally long rows; `head_tokens` of each get an output, None means all."""
+    return rows * forward_flops(shape, lengths=[tokens], head_tokens=head_tokens).total
 
 
 @cache
 def _training(shape: TransformerShape, rows: int, tokens: int, recomputes: bool) -> int:
     mode = Recomputation.LAYERS if recomputes else Recomputation.NONE
-    return training_flops(shape, lengths=[tokens] * rows, recomputation=mode)
+    return rows * training_flops(shape, lengths=[tokens], recomputation=mode)
 
 
 @cache
 def _decode_read(
     shape: TransformerShape, rows: int, prompt_tokens: int, response_tokens: int, value_bytes: int
 ) -> int:
-    return decode_bytes(
+    """Of equally long rows: weights are read for all of them together, the cache for each."""
+    row = decode_bytes(
         shape,
-        prompt_lengths=[prompt_tokens] * rows,
-        response_lengths=[response_tokens] * rows,
+        prompt_lengths=[prompt_tokens],
+        response_lengths=[response_tokens],
         bytes_per_value=value_bytes,
-    ).total
+    )
+    return row.weights + rows * row.cache

@@ -91,8 +91,9 @@ def _stages_to_run(
     """What is asked for and not complete; what the run folder lacks of what it starts from."""
     done: Mapping[Stage, StageResult] = {}
     with told() as problems:
+        stages = config.own_stages(stages)
         done = completed_stages(config)
-        require_inputs(config, done, first=stages[0])
+        require_inputs(config, done, stages)
     with told() as others:
         has_tokenizer(config)
     return frozenset(stages).difference(done), problems + others

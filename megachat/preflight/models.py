@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megachat.checkpoint.reader import CONFIG_FILE
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError, ConfigError, LayoutError, MegachatError
 from megachat.hub import (
@@ -23,6 +24,7 @@ from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import FROM_SFT, RoleSection, RunConfig
 from megachat.stages.context import tokenizer_folder
 from megachat.stages.inputs import ModelInput, inputs_of
+from megachat.stages.starts import source_folder, tokenizer_source
 from megachat.stages.status import has_tokenizer
 
 
@@ -47,8 +49,6 @@ def known_architectures(config: RunConfig) -> Architectures | str:
     actor = architecture(config, "actor")
     if actor is None:
         return models.actor.model or "models.actor.shape"
-    if models.reward.model == FROM_SFT:
-        return Architectures(actor=actor, critic=actor)
     critic = architecture(config, "reward")
     if critic is None:
         return models.reward.model or "models.reward.shape"
@@ -72,6 +72,9 @@ def architecture(config: RunConfig, name: str) -> OptConfig | None:
         ConfigError: As there, with the role's key.
     """
     role = role_section(config, name)
+    other = _model_of_other_run(config, name)
+    if other is not None:
+        return other
     if role.shape is not None:
         vocab_size = _vocab_size(config)
         if vocab_size is None:
@@ -93,12 +96,24 @@ def architecture(config: RunConfig, name: str) -> OptConfig | None:
     return read_config(folder)
 
 
+def _model_of_other_run(config: RunConfig, name: str) -> OptConfig | None:
+    """Of a model that another run has left; None: it is this run's, or not there."""
+    stage = {"actor": Stage.SFT, "reward": Stage.REWARD}[name]
+    folder = source_folder(config, stage)
+    if config.run.source_of(stage) is None or not (folder / CONFIG_FILE).is_file():
+        return None
+    from megachat.checkpoint.huggingface import read_config
+
+    return read_config(folder)
+
+
 def _vocab_size(config: RunConfig) -> int | None:
     """Of the run's tokenizer, as its file has it; None where that is not on this disk."""
-    section = config.tokenizer
-    if section.train is not None:
+    section, source = config.tokenizer, tokenizer_source(config)
+    if source is None:
+        assert section.train is not None, "there is a source or a training"
         return section.train.vocab_size
-    folder = folder_on_disk(section.path or config.models.actor.model or "", Content.TOKENIZER)
+    folder = folder_on_disk(source, Content.TOKENIZER)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     try:
@@ -251,11 +266,11 @@ def _tokenizer_size(config: RunConfig) -> tuple[int | None, Sequence[MegachatErr
     with told() as problems:
         if has_tokenizer(config):
             folder: Path | None = tokenizer_folder(config)
-        elif config.tokenizer.train is not None:
+        elif (source := tokenizer_source(config)) is None:
+            assert config.tokenizer.train is not None, "there is a source or a training"
             return config.tokenizer.train.vocab_size, ()
         else:
-            name = config.tokenizer.path or config.models.actor.model or ""
-            folder = folder_on_disk(name, Content.TOKENIZER)
+            folder = folder_on_disk(source, Content.TOKENIZER)
         if folder is not None:
             from megachat.data.tokenizer import Tokenizer  # seconds, where there is one to load
 

@@ -145,7 +145,7 @@ class KlConfig(ConfigModel):
         """
         if self.error_clip * num_samples >= self.horizon:
             raise ConfigError(
-                f"ppo.kl.horizon: {self.horizon} samples with error_clip {self.error_clip} x "
+                f"rlhf.ppo.kl.horizon: {self.horizon} samples with error_clip {self.error_clip} x "
                 f"{num_samples} samples an update = {self.error_clip * num_samples:g} could turn "
                 "the coefficient to 0: raise horizon or lower error_clip"
             )
@@ -160,7 +160,7 @@ class RewardConfig(ConfigModel):
     """Standardisation of the scores, which makes `clip` and `missing_eos_value` comparable."""
     normalization_samples: int = Field(default=512, ge=2)
     """Responses of the reference model that mode `reference` measures."""
-    clip: float = Field(default=5.0, gt=0.0)
+    clip: float = Field(default=5.0, gt=0.0, allow_inf_nan=True)
     """Normalised scores are clipped to +-clip; `inf` does not clip."""
     missing_eos: Annotated[MissingEos, Field(strict=False)] = MissingEos.PENALIZE
     """Treatment of responses that were cut off."""
@@ -189,9 +189,9 @@ class PpoConfig(ConfigModel):
     """Decay of the generalised advantage estimate."""
     clip_range: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The probability ratio gains nothing outside 1 +- clip_range."""
-    dual_clip: float = Field(default=math.inf, gt=1.0)
+    dual_clip: float = Field(default=math.inf, gt=1.0, allow_inf_nan=True)
     """Bound on the ratio where the advantage is negative; `inf` switches it off."""
-    value_clip_range: float = Field(default=0.2, gt=0.0)
+    value_clip_range: float = Field(default=0.2, gt=0.0, allow_inf_nan=True)
     """A value gains nothing further than this from its old value; `inf` does not clip."""
     entropy_coef: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """Bonus per nat of policy entropy."""
@@ -201,7 +201,7 @@ class PpoConfig(ConfigModel):
     """Passes over each experience."""
     minibatches: int = Field(default=2, ge=1)
     """Optimizer steps a pass; the experience is cut into this many mini-batches of rows."""
-    early_stop_kl: float = Field(default=math.inf, gt=0.0)
+    early_stop_kl: float = Field(default=math.inf, gt=0.0, allow_inf_nan=True)
     """No further mini-batch of an experience once the estimate of KL(sampling policy || updated
     policy) exceeds this, nats per token; `inf` never stops."""
     kl: KlConfig = KlConfig()
@@ -220,12 +220,17 @@ class PpoConfig(ConfigModel):
     @model_validator(mode="after")
     def _check_relations(self) -> Self:
         """Refuses keys that are fine alone but leave another key without effect."""
-        if self.epochs * self.minibatches == 1 and not math.isinf(self.early_stop_kl):
+        if self.num_updates == 1 and not math.isinf(self.early_stop_kl):
             raise ValueError(
                 f"early_stop_kl {self.early_stop_kl} never acts with epochs 1 x minibatches 1 = 1 "
                 "update per experience: raise epochs or minibatches, or leave early_stop_kl out"
             )
         return self
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps on each experience, unless `early_stop_kl` ends them."""
+        return self.epochs * self.minibatches
 
     def check_rows(self, num_rows: int) -> None:
         """Checks the constants against the number of responses per experience.
@@ -236,7 +241,7 @@ class PpoConfig(ConfigModel):
         """
         if num_rows % self.minibatches:
             raise ConfigError(
-                f"ppo.minibatches: {num_rows} rows an experience cannot be cut into "
+                f"rlhf.ppo.minibatches: {num_rows} rows an experience cannot be cut into "
                 f"{self.minibatches} equal mini-batches: choose a divisor of {num_rows}"
             )
         if self.kl.control is KlControl.ADAPTIVE:

@@ -15,6 +15,7 @@ from megachat.hybrid.engine import HybridEngine
 from megachat.hybrid.phases import MemoryMeasures
 from megachat.ops.backends import prepare
 from megachat.ops.registry import Backend
+from megachat.parallel.groups import ProcessGroups
 from megachat.parallel.memory import MovableTensors
 from megachat.training.engine import ForwardEngine, TrainEngine
 
@@ -36,6 +37,8 @@ class RLHFEngine:
     logprob_backend: Backend = Backend.REFERENCE
     """Who computes log-probabilities and entropies from the logits of actor and reference, in
     scoring and in the policy's loss."""
+    groups: tuple[ProcessGroups, ...] = ()
+    """Communicators that end with the engine."""
     _scorers: list[MovableTensors] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,9 +104,11 @@ class RLHFEngine:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes the roles, as each does after an error or without one."""
+        """Closes the roles, as each does after an error or without one, and then the groups."""
         self._scorers.clear()
         with ExitStack() as roles:
+            for groups in self.groups:
+                roles.callback(groups.close)
             for engine in (self.actor, self.critic, self.reference, self.reward):
                 roles.callback(engine.__exit__, kind, error, traceback)
 

@@ -181,6 +181,6 @@ def _check_keys(state: Mapping[str, Any], *, expected: set[str], control: KlCont
     """Refuses a state of another kind of controller."""
     if set(state) != expected:
         raise CheckpointError(
-            f"the state of the KL controller has keys {sorted(state)}, but ppo.kl.control "
+            f"the state of the KL controller has keys {sorted(state)}, but rlhf.ppo.kl.control "
             f"'{control}' needs {sorted(expected)}: resume with the control it was saved with"
         )

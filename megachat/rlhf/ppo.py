@@ -91,7 +91,7 @@ class PPOTrainer:
         config: PpoConfig,
         sampling: SamplingConfig,
         seed: int,
-        timers: PhaseTimers,
+        timers: PhaseTimers | None = None,
         old_logprobs: OldLogprobs = OldLogprobs.RECOMPUTE,
         tolerance: LogprobTolerance | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class PPOTrainer:
             config: PPO's constants.
             sampling: How responses are sampled; log-probs are taken at its temperature.
             seed: Start of the sampling and shuffling streams.
-            timers: Where the phases of a step are measured.
+            timers: Where the phases of a step are measured; None makes new ones.
             old_logprobs: Where the log-probs come from that ratios, KL and rewards are made of.
             tolerance: Of those that decoding noted down; None takes the default.
         """
@@ -112,7 +112,7 @@ class PPOTrainer:
         self.normalizer = RewardNormalizer(config.reward.normalization)
         self.kl_controller: KlController = create_kl_controller(config.kl)
         self._seed = seed
-        self._timers = timers
+        self._timers = timers if timers is not None else PhaseTimers()
         self._old_logprobs = old_logprobs
         dtype = engine.actor.training.model.options.dtype
         self._tolerance = (tolerance or LogprobTolerance()).of(dtype)

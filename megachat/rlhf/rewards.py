@@ -111,7 +111,7 @@ class RewardNormalizer:
         """
         if self._mode is not RewardNormalization.REFERENCE:
             raise ConfigError(
-                f"ppo.reward.normalization '{self._mode}' measures no reference samples: "
+                f"rlhf.ppo.reward.normalization '{self._mode}' measures no reference samples: "
                 f"calibrate only with '{RewardNormalization.REFERENCE}'"
             )
         self._absorb(scores)
@@ -131,8 +131,8 @@ class RewardNormalizer:
         """
         if self.needs_calibration:
             raise ConfigError(
-                "ppo.reward.normalization 'reference' has measured 0 samples: score responses of "
-                "the reference model and pass them to calibrate before training"
+                "rlhf.ppo.reward.normalization 'reference' has measured 0 samples: score responses "
+                "of the reference model and pass them to calibrate before training"
             )
         _require_finite(scores)
         if self._mode is RewardNormalization.RUNNING:
@@ -157,7 +157,7 @@ class RewardNormalizer:
         if state["mode"] != self._mode:
             raise CheckpointError(
                 f"the reward statistics were saved with normalization '{state['mode']}', but "
-                f"ppo.reward.normalization is '{self._mode}': resume with the former"
+                f"rlhf.ppo.reward.normalization is '{self._mode}': resume with the former"
             )
         self._count = int(state["count"])
         self._mean = float(state["mean"])

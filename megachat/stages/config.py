@@ -1,6 +1,6 @@
 """The one place that composes the run configuration from the components' own classes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,8 +9,8 @@ from typing import Annotated, Self
 import torch
 from pydantic import Field, model_validator
 
-from megachat.config import ConfigModel, PathField
-from megachat.data.config import DataConfig, SentencePieceConfig
+from megachat.config import ConfigModel, PathField, Seed
+from megachat.data.config import DataConfig, SentencePieceConfig, Stage
 from megachat.errors import ConfigError, MegachatError
 from megachat.generation.config import GenerationConfig, SamplingConfig
 from megachat.hybrid.phases import MemoryMeasures
@@ -65,8 +65,28 @@ class RunSection(ConfigModel):
 
     output: PathField = Path("runs/default")
     """Folder of everything the run writes."""
-    seed: int = Field(default=1234, ge=0)
+    seed: Seed = 1234
     title: str = "megachat run"
+    sft_from: PathField | None = None
+    """Output folder of another run whose supervised model takes the place of this run's own: for
+    the reward model where `models.reward.model` is "sft", for the actor of PPO, and, unless
+    `tokenizer.path` is given, for the tokenizer."""
+    reward_from: PathField | None = None
+    """Output folder of another run whose reward model takes the place of this run's own. It must
+    have been made with the same tokenizer."""
+
+    @model_validator(mode="after")
+    def _others(self) -> Self:
+        for key, other in (("sft_from", self.sft_from), ("reward_from", self.reward_from)):
+            if other is not None and other.absolute() == self.output.absolute():
+                raise ValueError(
+                    f"run.{key} {other} is run.output, this run itself: leave run.{key} out"
+                )
+        return self
+
+    def source_of(self, stage: Stage) -> Path | None:
+        """Output folder of the run that a stage's model is taken from; None: of this one."""
+        return {Stage.SFT: self.sft_from, Stage.REWARD: self.reward_from}.get(stage)
 
 
 class TokenizerSection(ConfigModel):
@@ -75,7 +95,8 @@ class TokenizerSection(ConfigModel):
     path: str | None = None
     """A folder or hub name."""
     train: SentencePieceConfig | None = None
-    """Train one on the answers and prompts of the supervised data."""
+    """Train one on the answers and prompts of the supervised data; not where `run.sft_from` or
+    `run.reward_from` names a run, whose tokenizer is taken then."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -272,7 +293,7 @@ class RlhfSection(_LoopSection):
     @model_validator(mode="after")
     def _samples_at_a_temperature(self) -> Self:
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature 0 explores nothing: PPO needs one above 0")
+            raise ValueError("rlhf.sampling.temperature 0 explores nothing: PPO needs one above 0")
         return self
 
 
@@ -332,6 +353,21 @@ class RunConfig(ConfigModel):
                 if str(error) not in told:  # both roles may have the same problem
                     yield error
                 told.add(str(error))
+
+    def own_stages(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Those of some stages that this run does itself.
+
+        Raises:
+            ConfigError: It takes all of them from other runs.
+        """
+        own = [stage for stage in stages if self.run.source_of(stage) is None]
+        if not own:
+            named = ", ".join(f"run.{stage}_from {self.run.source_of(stage)}" for stage in stages)
+            raise ConfigError(
+                f"{named}: nothing is left to run, since these models are taken from there: leave "
+                "that out to train them here"
+            )
+        return own
 
     def ranks_on_one_host(self) -> tuple[SameHost, ...]:
         """Tensor groups of training and of generation, which exchange within every layer."""

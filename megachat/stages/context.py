@@ -17,6 +17,7 @@ from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import RoleSection, RunConfig
 from megachat.stages.results import MODEL_FOLDER, fingerprint
 from megachat.stages.settings import stage_settings
+from megachat.stages.starts import STAGE_FOLDERS, source_folder
 from megachat.telemetry.timers import PhaseTimers
 
 if TYPE_CHECKING:  # they take seconds to import, and a dry run needs folders and layouts alone
@@ -28,11 +29,6 @@ STAGE_TITLES: Mapping[Stage, str] = {
     Stage.SFT: "Supervised fine-tuning",
     Stage.REWARD: "Reward model",
     Stage.PROMPTS: "PPO",
-}
-STAGE_FOLDERS: Mapping[Stage, str] = {
-    Stage.SFT: "sft",
-    Stage.REWARD: "reward",
-    Stage.PROMPTS: "rlhf",
 }
 TOKENIZER_FOLDER = "tokenizer"
 TOKENIZER_RECORD = "tokenizer.made_from.json"
@@ -65,6 +61,10 @@ class RunContext:
     def model_folder(self, stage: Stage) -> Path:
         """Where a stage leaves its HuggingFace model."""
         return self.folder(stage) / MODEL_FOLDER
+
+    def source_folder(self, stage: Stage) -> Path:
+        """Where later stages read the model of a stage."""
+        return source_folder(self.config, stage)
 
     def open_metrics(self, stage: Stage) -> "MetricsWriter | NullMetricsWriter":
         """The metrics writer of a stage: real on rank 0, silent elsewhere."""

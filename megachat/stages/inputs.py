@@ -22,6 +22,7 @@ from megachat.hub import (
 )
 from megachat.stages.config import FROM_SFT, RunConfig
 from megachat.stages.context import TOKENIZER_RECORD
+from megachat.stages.starts import tokenizer_source
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,8 @@ def inputs_of(config: RunConfig, stages: Iterable[Stage]) -> tuple[Input, ...]:
         found.append(ModelInput(name=actor))
     if Stage.REWARD in wanted and reward is not None and reward != FROM_SFT:
         found.append(ModelInput(name=reward))
-    tokenizer = config.tokenizer.path or actor
-    if wanted and config.tokenizer.train is None and tokenizer is not None and not has_tokenizer:
+    tokenizer = tokenizer_source(config)
+    if wanted and tokenizer is not None and not has_tokenizer:
         found.append(ModelInput(name=tokenizer, content=Content.TOKENIZER))
     if wanted:
         found += [DataInput(source=source) for source in config.data.sources]

@@ -13,7 +13,8 @@ from megachat.data.stage_data import TokenSet
 from megachat.errors import DataError
 from megachat.model.opt import OptModel
 from megachat.stages.config import RewardSection, RlhfSection, RunConfig, SftSection, StepLimit
-from megachat.stages.context import STAGE_FOLDERS, RunContext, tokenizer_folder
+from megachat.stages.context import RunContext, tokenizer_folder
+from megachat.stages.starts import STAGE_FOLDERS
 from megachat.training.schedules import OptimizerConfig
 
 _EVALUATION_ROWS = 256

@@ -15,10 +15,11 @@ from megachat.data.config import Stage
 from megachat.digests import FileDigests
 from megachat.errors import CheckpointError, ConfigError, DataError, MegachatError
 from megachat.hub import folder_on_disk
-from megachat.stages.config import FROM_SFT, RoleSection, RunConfig
+from megachat.stages.config import RunConfig
 from megachat.stages.context import TOKENIZER_RECORD, known_digests, stage_folder
-from megachat.stages.results import MODEL_FOLDER, write_json
+from megachat.stages.results import write_json
 from megachat.stages.settings import Settings, stage_settings
+from megachat.stages.starts import start_models, tokenizer_source
 
 ORIGIN_FILE = "made_from.json"
 _FORMAT = 1
@@ -62,12 +63,18 @@ class ModelSource:
 
 
 def model_sources(config: RunConfig, stage: Stage) -> dict[str, ModelSource]:
-    """The models that a stage reads, by the key or stage that says so (pure)."""
-    if stage is Stage.SFT:
-        return _role_source(config, "actor", config.models.actor)
-    if stage is Stage.REWARD:
-        return _role_source(config, "reward", config.models.reward)
-    return _made_by(config, Stage.SFT) | _made_by(config, Stage.REWARD)
+    """The models that a stage reads, by the key or stage that says so (pure).
+
+    One of another run is called by its stage as well: with the same content it is the same run.
+    """
+    found = {}
+    for start in start_models(config, stage):
+        if start.stage is None:
+            found[f"models.{start.role}.model"] = ModelSource(name=start.name)
+            continue
+        own = start.stage if config.run.source_of(start.stage) is None else None
+        found[f"stage {start.stage}"] = ModelSource(name=start.name, stage=own)
+    return found
 
 
 def stages_before(config: RunConfig, stage: Stage) -> tuple[Stage, ...]:
@@ -110,11 +117,11 @@ def model_inputs(
 
 def tokenizer_inputs(config: RunConfig) -> dict[str, InputContent]:
     """What the run's tokenizer would be made from now; nothing where that is not here."""
-    if config.tokenizer.train is not None:
+    name = tokenizer_source(config)
+    if name is None:
         return dict(_data_contents(config))
     from megachat.data.tokenizer import Tokenizer
 
-    name = config.tokenizer.path or config.models.actor.model or ""
     try:
         digest = Tokenizer.load(name).fingerprint
     except (CheckpointError, DataError):
@@ -226,19 +233,6 @@ def _change(key: str, before: InputContent, now: InputContent) -> str:
         f"{key} {place} had {kind} {old[:_SHOWN_DIGITS]}{moved}, now {new[:_SHOWN_DIGITS]}: put "
         f"that back, {_REMEDY}"
     )
-
-
-def _role_source(config: RunConfig, role: str, section: RoleSection) -> dict[str, ModelSource]:
-    if section.model is None:
-        return {}
-    if section.model == FROM_SFT:
-        return _made_by(config, Stage.SFT)
-    return {f"models.{role}.model": ModelSource(name=section.model)}
-
-
-def _made_by(config: RunConfig, stage: Stage) -> dict[str, ModelSource]:
-    folder = stage_folder(config, stage) / MODEL_FOLDER
-    return {f"stage {stage}": ModelSource(name=str(folder), stage=stage)}
 
 
 def _digest_of_folder(folder: Path, digests: FileDigests) -> str | None:

@@ -109,7 +109,7 @@ def _start(context: RunContext) -> OptModel:
     config, role = context.config.reward, context.config.models.reward
     options = role.options(dropout=config.dropout, attention_dropout=config.attention_dropout)
     if role.model == FROM_SFT:
-        folder = context.model_folder(Stage.SFT)
+        folder = context.source_folder(Stage.SFT)
         return load_model(
             context,
             role,

@@ -2,15 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import fmean
 
+from megachat.api import EngineSettings, RoleSettings, create_engine
 from megachat.data.config import Stage
 from megachat.data.loaders import LoaderOptions, PromptLoader, endless
-from megachat.data.tokenizer import Tokenizer
-from megachat.hybrid.engine import HybridEngine, HybridSettings
-from megachat.model.config import Head, vocab_multiple_for
 from megachat.parallel.layout import ParallelLayout
 from megachat.parallel.rng import seed_for
 from megachat.records import PromptBatch
@@ -32,13 +29,11 @@ from megachat.stages.loop import (
     warn_of_long_warmup,
 )
 from megachat.stages.results import Reply, ReshardCost, StageResult, write_json
-from megachat.stages.roles import load_models
 from megachat.stages.scope import StageScope
 from megachat.stages.skipped import SkippedUpdates
 from megachat.telemetry.metrics import MetricsSink
 from megachat.telemetry.progress import StageProgress
 from megachat.telemetry.timers import PhaseTimers
-from megachat.training.engine import ForwardEngine, TrainEngine
 
 
 def run_rlhf(context: RunContext, progress_title: str, scope: StageScope) -> StageResult:
@@ -167,64 +162,35 @@ def ppo_step(
 def build_engine(context: RunContext, *, num_updates: int) -> RLHFEngine:
     """The four roles, from the outputs of the first two stages."""
     config, models = context.config.rlhf, context.config.models
-    seed = seed_for(context.config.run.seed, Stage.PROMPTS)
-    sft, reward = context.model_folder(Stage.SFT), context.model_folder(Stage.REWARD)
-
-    degrees = (models.actor.tensor, config.generation_degree(models.actor))
-    options = models.actor.options()
-    actor, reference = load_models(
-        context,
-        models.actor,
-        sft,
-        head=Head.LANGUAGE_MODEL,
-        options=(replace(options, vocab_multiple=vocab_multiple_for(*degrees)), options),
-    )
-    critic, scorer = load_models(
-        context, models.reward, reward, head=Head.SCALAR, options=(models.reward.options(),) * 2
-    )
-    tokenizer = context.tokenizer
-    with ExitStack() as parts:  # what was built before a part that fails ends with it
-        engine = RLHFEngine(
-            actor=parts.enter_context(
-                HybridEngine(
-                    actor,
-                    HybridSettings(
-                        generation_tensor=degrees[1],
-                        micro_batch_rows=models.actor.micro_batch_rows,
-                        optimizer=config.actor_optimizer,
-                        total_steps=num_updates,
-                        seed=seed,
-                        generation=config.generation,
-                        measures=config.memory,
-                        ranks_per_node=context.config.launch.processes,
-                    ),
-                    stop_ids=(tokenizer.eos_id,),
-                    suppressed_ids=unspeakable_ids(tokenizer, vocab_size=actor.config.vocab_size),
-                    synchronize=context.synchronize,
-                )
-            ),
-            critic=parts.enter_context(
-                TrainEngine(
-                    critic,
-                    micro_batch_rows=models.reward.micro_batch_rows,
-                    optimizer=config.critic_optimizer,
-                    total_steps=num_updates,
-                    seed=seed,
-                )
-            ),
-            reference=ForwardEngine(reference, micro_batch_rows=models.actor.micro_batch_rows),
-            reward=ForwardEngine(scorer, micro_batch_rows=models.reward.micro_batch_rows),
+    return create_engine(
+        context.worker,
+        actor=RoleSettings(
+            model=context.source_folder(Stage.SFT),
+            tensor=models.actor.tensor,
+            pipeline=models.actor.pipeline,
+            options=models.actor.options(),
+            micro_batch_rows=models.actor.micro_batch_rows,
+            optimizer=config.actor_optimizer,
+        ),
+        reward=RoleSettings(
+            model=context.source_folder(Stage.REWARD),
+            tensor=models.reward.tensor,
+            pipeline=models.reward.pipeline,
+            options=models.reward.options(),
+            micro_batch_rows=models.reward.micro_batch_rows,
+            optimizer=config.critic_optimizer,
+        ),
+        tokenizer=context.tokenizer,
+        total_steps=num_updates,
+        settings=EngineSettings(
+            generation_tensor=config.generation_degree(models.actor),
+            generation=config.generation,
             measures=config.memory,
             logprob_backend=models.actor.logprob_backend,
-        )
-        parts.pop_all()
-    return engine
-
-
-def unspeakable_ids(tokenizer: Tokenizer, *, vocab_size: int) -> list[int]:
-    """Ids that no reply may hold: control tokens but the end, and rows without a token (OPT: 7)."""
-    controls = [control for control in tokenizer.special_ids if control != tokenizer.eos_id]
-    return controls + list(range(tokenizer.vocab_size, vocab_size))
+            ranks_per_node=context.config.launch.processes,
+            seed=seed_for(context.config.run.seed, Stage.PROMPTS),
+        ),
+    )
 
 
 def _reshard_cost(context: RunContext, steps: Sequence[Mapping[str, float]]) -> ReshardCost:

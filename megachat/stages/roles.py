@@ -1,16 +1,14 @@
 """The one place that turns a role's configuration into a model on this rank."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megachat.api import load_models
 from megachat.checkpoint.content import weights_state
-from megachat.checkpoint.huggingface import MissingHead, load_together, read_config
-from megachat.errors import ConfigError
+from megachat.checkpoint.huggingface import MissingHead, read_config
 from megachat.hub import local_folder
 from megachat.model.config import Head, ModelOptions, OptConfig
 from megachat.model.opt import OptModel
-from megachat.parallel.handover import on_first_rank
 from megachat.parallel.rng import seed_for
 from megachat.stages.config import RoleSection
 from megachat.stages.context import RunContext
@@ -83,57 +81,21 @@ def load_model(
         CheckpointError: The folder is not a complete OPT.
         ConfigError: The tokenizer has ids that the model has no embedding for.
     """
-    [model] = load_models(
-        context, role, folder, head=head, options=(options,), missing_head=missing_head
-    )
-    return model
-
-
-def load_models(
-    context: RunContext,
-    role: RoleSection,
-    folder: Path,
-    *,
-    head: Head,
-    options: Sequence[ModelOptions],
-    missing_head: MissingHead = MissingHead.REFUSE,
-) -> list[OptModel]:
-    """Several models of a role with the same weights, which are read from the disk once.
-
-    Args:
-        context: As in `load_model`, and so is the rest.
-        role: As there.
-        folder: As there.
-        head: As there.
-        options: How each model runs.
-        missing_head: As there.
-
-    Raises:
-        CheckpointError: As there.
-        ConfigError: As there.
-    """
-    config = on_first_rank(lambda: read_config(folder), task=f"reading {folder}")
-    if config.vocab_size < context.tokenizer.vocab_size:
-        raise ConfigError(
-            f"{folder}: vocab_size is {config.vocab_size}, but the run's tokenizer has "
-            f"{context.tokenizer.vocab_size} ids: use the tokenizer that the model was trained with"
-        )
-    models = [
-        OptModel(config, groups=context.groups(role), head=head, options=each, seed=None).to(
-            context.worker.device
-        )
-        for each in options
-    ]
     state = None
     if context.worker.rank == 0:
         with suppress(OSError):  # loading tells all ranks of it
             state = weights_state(folder)
-    digest = load_together(
-        models,
+    loaded = load_models(
         folder,
+        groups=context.groups(role),
+        head=head,
+        options=(options,),
+        tokenizer=context.tokenizer,
+        device=context.worker.device,
         missing_head=missing_head,
         seed=seed_for(context.config.run.seed, "init", head),
     )
-    if state is not None and digest is not None:
-        context.note_model(folder, digest, state=state)
-    return models
+    if state is not None and loaded.digest is not None:
+        context.note_model(folder, loaded.digest, state=state)
+    [model] = loaded.models
+    return model

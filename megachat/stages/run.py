@@ -57,6 +57,7 @@ from megachat.stages.shared import (
     check_output,
     raise_together,
 )
+from megachat.stages.starts import source_folder, tokenizer_source
 from megachat.stages.status import completed_stages, has_tokenizer, require_inputs
 from megachat.telemetry.log import set_up_logging
 
@@ -75,11 +76,12 @@ def run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comma
     Args:
         worker: This rank.
         config: The run.
-        stages: What to do, in order; stages before the first must be complete.
+        stages: What to do, in order, but for those whose models are taken from other runs; what
+            they start from must be complete.
         command: The command line, for the report.
     """
     with claimed_output(config):
-        _run_stages(worker, config, stages, command)
+        _run_stages(worker, config, config.own_stages(stages), command)
 
 
 def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], command: str) -> None:
@@ -195,23 +197,43 @@ def _make_tokenizer(config: RunConfig) -> str:
     if has_tokenizer(config):
         _check_tokenizer(config)
     else:
-        section = config.tokenizer
+        section, source = config.tokenizer, tokenizer_source(config)
         inputs = tokenizer_inputs(config)
-        if section.train is not None:
+        if source is not None:
+            there = local_folder(source, Content.TOKENIZER)
+            check_small_files(there)
+            made = Tokenizer.load(there)
+        else:
+            assert section.train is not None, "there is a source or a training"
             logger.info("training a tokenizer of %d pieces", section.train.vocab_size)
             made = train_sentencepiece(training_texts(config.data), section.train, folder)
-        else:
-            source = local_folder(
-                section.path or config.models.actor.model or "", Content.TOKENIZER
-            )
-            check_small_files(source)
-            made = Tokenizer.load(source)
         made.save(folder, chat=config.data.chat)
         settings = tokenizer_settings(config).values
         made_as = Tokenizer.load(folder).fingerprint
         origin = Origin(settings=settings, inputs=inputs, made=made_as)
         write_origin(config.run.output / TOKENIZER_RECORD, origin)
-    return Tokenizer.load(folder).fingerprint
+    tokenizer = Tokenizer.load(folder)
+    _check_sources(config, tokenizer)
+    return tokenizer.fingerprint
+
+
+def _check_sources(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Compares the run's tokenizer with those of the runs that it takes models from.
+
+    Raises:
+        ConfigError: They differ; names both.
+    """
+    for stage in Stage:
+        if config.run.source_of(stage) is None:
+            continue
+        other = Tokenizer.load(source_folder(config, stage))
+        if other.fingerprint != tokenizer.fingerprint:
+            here = tokenizer_source(config) or "trained on data.sources"
+            raise ConfigError(
+                f"run.{stage}_from: the model in {other.origin} was made with another tokenizer "
+                f"({other.vocab_size} ids) than this run's ({here}, {tokenizer.vocab_size} ids): "
+                "all models of a run share one"
+            )
 
 
 def _check_tokenizer(config: RunConfig) -> None:
@@ -238,6 +260,6 @@ def _open_run(
     Leaves the configuration in the folder.
     """
     done = completed_stages(config)
-    require_inputs(config, done, first=stages[0])
+    require_inputs(config, done, stages)
     write_json(config.run.output / "config.json", config.model_dump(mode="json"))
     return done, inputs_of(config, [stage for stage in stages if stage not in done])

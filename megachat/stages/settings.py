@@ -11,6 +11,7 @@ from typing import Any
 
 from megachat.data.config import Stage
 from megachat.stages.config import FROM_SFT, RunConfig
+from megachat.stages.starts import tokenizer_source
 
 Tree = dict[str, Any]
 
@@ -54,7 +55,8 @@ def stage_settings(config: RunConfig, stage: Stage) -> Settings:
 
 def tokenizer_settings(config: RunConfig) -> Settings:
     """What determines the run's tokenizer, likewise; of one from elsewhere its chat template."""
-    return _settings(config, _tokenizer_tree)
+    is_trained = tokenizer_source(config) is None
+    return _settings(config, _trained_tokenizer_tree if is_trained else _chat_tree)
 
 
 def _settings(config: RunConfig, choose: Callable[[Tree], Tree]) -> Settings:
@@ -80,11 +82,12 @@ def _stage_tree(tree: Tree, stage: Stage) -> Tree:
     return parts
 
 
-def _tokenizer_tree(tree: Tree) -> Tree:
-    train = tree.get("tokenizer", {}).get("train")
-    if train is None:
-        return {"data": _only(tree["data"], "chat")}
-    return {"tokenizer": {"train": train}, "data": _data_tree(tree["data"])}
+def _trained_tokenizer_tree(tree: Tree) -> Tree:
+    return {"tokenizer": {"train": tree["tokenizer"]["train"]}, "data": _data_tree(tree["data"])}
+
+
+def _chat_tree(tree: Tree) -> Tree:
+    return {"data": _only(tree["data"], "chat")}
 
 
 def _data_tree(data: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """Says what a run will do and which of its stages are done, without the modules that train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError
@@ -15,8 +15,9 @@ from megachat.stages.origin import (
     stages_before,
     tokenizer_inputs,
 )
-from megachat.stages.results import MODEL_FOLDER, StageResult, read_result
+from megachat.stages.results import MODEL_FOLDER, RESULT_FILE, StageResult, read_result
 from megachat.stages.settings import tokenizer_settings
+from megachat.stages.starts import source_folder, start_models, tokenizer_source
 
 
 def describe_run(config: RunConfig) -> str:
@@ -26,14 +27,17 @@ def describe_run(config: RunConfig) -> str:
     for name, role in (("actor", config.models.actor), ("reward", config.models.reward)):
         lines.append(f"layout of {name}: {role.layout(world_size)}")
     for stage in Stage:
-        state = "complete" if stage in done else "to run"
-        lines.append(f"stage {stage}: {state} ({stage_folder(config, stage)})")
-    lines += describe_inputs(inputs_of(config, [stage for stage in Stage if stage not in done]))
+        state, folder = "complete" if stage in done else "to run", stage_folder(config, stage)
+        if config.run.source_of(stage) is not None:
+            state, folder = "taken from another run", source_folder(config, stage)
+        lines.append(f"stage {stage}: {state} ({folder})")
+    to_run = [stage for stage in config.own_stages(list(Stage)) if stage not in done]
+    lines += describe_inputs(inputs_of(config, to_run))
     return "\n".join(lines)
 
 
 def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
-    """The results of the stages whose outputs are all there and are what they would be now.
+    """The results of this run's own stages whose outputs are all there and what they would be now.
 
     A stage that was made from another model than the stages before it have left is not complete:
     it has to be run again. So is one whose earlier stages are to be run again, until their models
@@ -46,6 +50,8 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
     """
     done: dict[Stage, StageResult] = {}
     for stage in Stage:
+        if config.run.source_of(stage) is not None:
+            continue
         folder = stage_folder(config, stage)
         result = read_result(folder)
         if result is None:
@@ -59,18 +65,40 @@ def completed_stages(config: RunConfig) -> dict[Stage, StageResult]:
     return done
 
 
-def require_inputs(config: RunConfig, done: Mapping[Stage, StageResult], *, first: Stage) -> None:
-    """Checks that the stages whose models the first one to run reads have left them.
+def require_inputs(
+    config: RunConfig, done: Mapping[Stage, StageResult], stages: Sequence[Stage]
+) -> None:
+    """Checks that what the stages start from is there or is made by a stage before them.
 
     Raises:
-        CheckpointError: One of them has not.
+        CheckpointError: It is not: an earlier stage or another run has not left its model.
     """
-    for stage in stages_before(config, first):
-        if stage not in done:
-            raise CheckpointError(
-                f"{stage_folder(config, stage)}: the output of stage '{stage}' is missing or "
-                f"incomplete, and stage '{first}' needs it: run that stage first"
-            )
+    made = set(done)
+    for stage in stages:
+        for start in start_models(config, stage) if stage not in done else ():
+            if start.stage is None or start.stage in made:
+                continue
+            other = config.run.source_of(start.stage)
+            if other is None:
+                raise CheckpointError(
+                    f"{stage_folder(config, start.stage)}: the output of stage '{start.stage}' is "
+                    f"missing or incomplete, and stage '{stage}' needs it: run that stage first, "
+                    f"or name another run by run.{start.stage}_from"
+                )
+            if not _is_finished(config, start.stage):
+                raise CheckpointError(
+                    f"run.{start.stage}_from {other}: {start.name} is missing or incomplete, and "
+                    f"stage '{stage}' starts from it: finish that run or name another"
+                )
+        made.add(stage)
+
+
+def _is_finished(config: RunConfig, stage: Stage) -> bool:
+    """Whether another run has left its model."""
+    from megachat.checkpoint.huggingface import is_complete  # likewise
+
+    folder = source_folder(config, stage)
+    return (folder.parent / RESULT_FILE).is_file() and is_complete(folder)
 
 
 def has_tokenizer(config: RunConfig) -> bool:
@@ -84,6 +112,6 @@ def has_tokenizer(config: RunConfig) -> bool:
     if not (folder / "tokenizer.json").is_file() or recorded is None:
         return False
     check_settings(folder, tokenizer_settings(config), recorded)
-    if config.tokenizer.train is not None:
+    if tokenizer_source(config) is None:
         check_contents(folder, tokenizer_inputs(config), recorded)
     return True

@@ -9,7 +9,6 @@ from megachat.data.config import Stage
 from megachat.data.stage_data import DataReport
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
-    STAGE_FOLDERS,
     STAGE_TITLES,
     stage_folder,
 )
@@ -20,6 +19,7 @@ from megachat.stages.results import (
     StageResult,
     write_text,
 )
+from megachat.stages.starts import STAGE_FOLDERS
 from megachat.telemetry.log import active_console
 from megachat.telemetry.progress import format_duration
 from megachat.telemetry.report import Chart, Highlight, RunSummary, Sample, Table, write_report

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,22 @@ def test_a_folder_of_a_model_is_read(tmp_path: Path) -> None:
         ("plan --model facebook/opt-125m --gpu b200", "ConfigError: --gpu b200: expected one of"),
         ("plan --model facebook/opt-125m --train 8x1x1", "expected TENSOR,PIPELINE,DATA"),
         ("plan --model facebook/opt-125m --train 8,1,1", "LayoutError: attention heads 12"),
-        ("plan --model facebook/opt-125m --nodes 0", "ConfigError: cluster: nodes"),
+        (
+            "plan --model facebook/opt-125m --nodes 0",
+            "ConfigError: --nodes 0: expected a number from 1 to",
+        ),
+        ("plan --model facebook/opt-125m --nodes 1001", "--nodes 1001: expected a number from 1"),
+        ("plan --model facebook/opt-125m --gpu-memory-gb inf", "--gpu-memory-gb inf: expected"),
+        ("plan --model facebook/opt-125m --gpu-memory-gb nan", "--gpu-memory-gb nan: expected"),
+        (
+            "plan --model facebook/opt-125m --nodes 1000 --gpus-per-node 64",
+            "CapacityError: 1000 nodes x 64 GPUs = 64000: layouts are searched on up to 16000",
+        ),
         ("plan --model facebook/opt-125m --rank 8", "the job has ranks 0 to 7"),
-        ("plan --model facebook/opt-125m --prompts 0", "ConfigError: prompts is 0"),
+        (
+            "plan --model facebook/opt-125m --prompts 0",
+            "ConfigError: --prompts 0: expected a number from 1 to 1,048,576",
+        ),
         ("plan --model facebook/opt-125m --limit 0", "--limit 0"),
         ("plan --model facebook/opt-175b", "CapacityError: "),
         ("plan --model facebook/opt-175b", "of 80.0 GB reserved: context 0.8"),
@@ -118,6 +132,14 @@ def test_a_config_json_that_is_no_object_is_refused_in_one_line(
     path = tmp_path / "config.json"
     path.write_bytes(content.encode("utf-8", errors="surrogatepass"))
     assert str(path) in error_of(f"plan --model {tmp_path}")
+
+
+def test_a_thousand_nodes_are_planned_in_seconds() -> None:
+    """In one or two where nothing else runs; here other tests do, and a core is shared."""
+    started = time.process_time()
+    text = run("plan --model facebook/opt-13b --nodes 1000")
+    assert time.process_time() - started < 6.0
+    assert "not measured" in text
 
 
 def test_a_plan_waits_for_no_heavy_module() -> None:

@@ -30,7 +30,8 @@ DIRECT: Mapping[str, frozenset[str]] = {
     "checkpoint": FOUNDATION | {"model", "parallel"},
     "data": FOUNDATION,
     "planner": FOUNDATION | {"model", "parallel", "reshard"},
-    "stages": FOUNDATION | {"rlhf", "checkpoint", "data"},
+    "api": FOUNDATION | {"rlhf", "checkpoint", "data"},
+    "stages": FOUNDATION | {"api"},
     "preflight": FOUNDATION | {"stages", "planner"},
     "cli": FOUNDATION | {"preflight"},
 }

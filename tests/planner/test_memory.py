@@ -286,7 +286,9 @@ def test_actor_and_critic_may_be_cut_differently() -> None:
     base = job("13b", 4, 2, 1, generate=4)
     critic = replace(base.critic, layout=ParallelLayout(tensor=1, pipeline=4, data=2))
     plan = plan_memory(replace(base, critic=critic), cluster_of(base))
-    kinds = {(memory.actor_stage, memory.critic_stage): memory.ranks for memory in plan.ranks}
+    kinds = {
+        (memory.actor_stage, memory.critic_stage): tuple(memory.ranks) for memory in plan.ranks
+    }
     assert kinds == {(0, 0): (0, 1), (0, 1): (2, 3), (1, 2): (4, 5), (1, 3): (6, 7)}
 
 

@@ -1,5 +1,7 @@
 import re
+import sys
 from dataclasses import replace
+from types import FrameType
 
 import pytest
 
@@ -184,3 +186,35 @@ def test_every_size_is_planned_on_64_gpus(size: str) -> None:
         request(size, nodes=8), 8, 8, 1
     ))  # fmt: skip
     check(plan)
+
+
+def _calls_for_each_pair(plan: PlanRequest) -> float:
+    """Python functions that a search calls, by pair of layouts."""
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        result = search(plan)
+    finally:
+        sys.setprofile(before)
+    return calls / (len(result.plans) + len(result.refusals))
+
+
+def test_a_pair_of_layouts_costs_as_much_on_a_thousand_nodes_as_on_eight() -> None:
+    """Nothing is done once a GPU: a search is over in seconds up to `MOST_GPUS`."""
+    small, large = (_calls_for_each_pair(request("13b", nodes=nodes)) for nodes in (8, 1000))
+    assert large < 2 * small
+
+
+def test_a_cluster_that_would_take_too_long_to_search_is_refused_unless_its_layout_is_fixed() -> (
+    None
+):
+    too_many = request("13b", nodes=1000, gpus_per_node=64)
+    with pytest.raises(CapacityError, match=r"= 64000: layouts are searched on up to 16000 GPUs"):
+        search(too_many)
+    assert search(at(too_many, 8, 1, 8000, generate=8)).best.job.actor.layout.data == 8000

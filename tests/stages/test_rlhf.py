@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megachat.api import unspeakable_ids
 from megachat.data.config import Stage
 from megachat.data.loaders import PromptLoader
 from megachat.data.stage_data import build_stage_data
@@ -23,7 +25,7 @@ from megachat.stages.config import RunConfig
 from megachat.stages.context import RunContext, stage_folder
 from megachat.stages.evaluation import PolicyEvaluation, compare, evaluate_policy
 from megachat.stages.loop import held_out_batches
-from megachat.stages.rlhf import build_engine, ppo_step, unspeakable_ids
+from megachat.stages.rlhf import build_engine, ppo_step
 from megachat.telemetry.metrics import read_metrics
 from megachat.telemetry.timers import PhaseTimers
 from tests.harness import run_ranks
@@ -197,7 +199,8 @@ def _check_roles(folder: Path) -> None:
     settings = tiny_run.config(folder, ["launch.processes=2", "models.actor.tensor=2"])
     context = tiny_run.context(settings)
     engine = build_engine(context, num_updates=3)
-    assert engine.actor._resharder._synchronize == context.synchronize
+    waits_for = engine.actor._resharder._synchronize
+    assert isinstance(waits_for, partial) and waits_for.args == (context.worker.device,)
     assert engine.actor.training.groups.layout.tensor == 2
     assert engine.reference.groups is engine.actor.training.groups
     assert engine.reward.groups.layout.data == 2 and engine.critic.groups is engine.reward.groups

@@ -11,7 +11,7 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.errors import DataError
 from megachat.stages.config import RunConfig
 from megachat.stages.context import stage_folder, tokenizer_folder
-from megachat.stages.rows import check_rows, left_out_of_evaluation, prepare_rows
+from megachat.stages.row_counts import check_rows, left_out_of_evaluation, prepare_all_rows
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 
@@ -83,7 +83,7 @@ def test_the_limit_of_held_out_rows_says_what_it_leaves(
 def test_the_lines_are_in_the_log(finished: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer.load(tokenizer_folder(finished))
     with caplog.at_level(logging.INFO, logger="megachat.stages.rows"):
-        prepare_rows(finished, tokenizer, [Stage.PROMPTS])
+        prepare_all_rows(finished, tokenizer, [Stage.PROMPTS])
     assert [record.getMessage() for record in caplog.records] == [
         "data for prompts: the first 10 of 40 held-out rows are evaluated (rlhf.evaluation_rows): "
         "30 are left out"

@@ -89,7 +89,7 @@ def save_huggingface(
             draft.discard()
 
 
-def _require_finite(model: OptModel, *, role: str) -> None:
+def _require_finite(model: "OptModel", *, role: str) -> None:
     """Looks at every weight where it lies; a collective call that raises on all ranks alike."""
     named = model.parameters_by_spec()
     flags = torch.stack([all_finite(parameter.detach()) for parameter in named.values()])

@@ -3,17 +3,23 @@
 All of them start from the export of a small finished run.
 """
 
+import math
 import shutil
+import struct
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megachat.checkpoint.names import SCORE
+from megachat.checkpoint.reader import list_weights
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError, DivergenceError, MegachatError
+from megachat.model import Head
 from megachat.stages.context import stage_fingerprint, stage_folder
+from megachat.stages.loop import export
 from megachat.stages.results import RESULT_FILE, read_result
+from megachat.stages.roles import load_model
 from tests.harness import run_ranks
 from tests.stages import tiny_run
 
@@ -93,26 +99,53 @@ def test_runs_whose_numbers_are_none_end_in_one_line_and_export_nothing(
         assert not (folder / RESULT_FILE).exists() and not (folder / "model").exists()
 
 
-@pytest.mark.parametrize(
-    ("value", "kind", "words"),
-    [
-        (torch.nan, CheckpointError, "score.weight holds NaN or infinity"),
-        (3e38, DivergenceError, "prompts before training: "),
-    ],
-)
-def test_a_reward_model_that_answers_no_numbers_ends_ppo(
-    value: float, kind: type[MegachatError], words: str, finished_folder: Path, tmp_path: Path
-) -> None:
-    """NaN among its weights is seen when they are read; else its scores are looked at."""
-    run = shutil.copytree(finished_folder / "run", tmp_path / "run")
-    shutil.rmtree(run / "rlhf")
-    score = load_file(run / "reward" / "model" / "model.safetensors")["score.weight"]
-    _change(run / "reward" / "model", score__weight=torch.full_like(score, value))
+def _refused_ppo(run: Path, folder: Path) -> tuple[str, str]:
+    """(kind, words) of what ends PPO on raw scores in a run whose other stages are done."""
     none = [f"run.output={run}", "rlhf.ppo.reward.normalization=none"]
-    (found,) = run_ranks(1, _errors, finished_folder, {"run": (none, Stage.PROMPTS)})
-    assert found["run"][0] == kind.__name__, found
-    assert words in found["run"][1] and "\n" not in found["run"][1]
+    (found,) = run_ranks(1, _errors, folder, {"run": (none, Stage.PROMPTS)})
     assert not (run / "rlhf" / RESULT_FILE).exists() and not (run / "rlhf" / "model").exists()
+    assert "\n" not in found["run"][1]
+    return found["run"]
+
+
+def _without_ppo(finished_folder: Path, folder: Path) -> Path:
+    """A copy of the finished run that has yet to do PPO."""
+    run = shutil.copytree(finished_folder / "run", folder / "run")
+    shutil.rmtree(run / "rlhf")
+    return run
+
+
+def test_a_reward_model_with_nan_in_its_file_is_refused_by_name(
+    finished_folder: Path, tmp_path: Path
+) -> None:
+    run = _without_ppo(finished_folder, tmp_path)
+    model = run / "reward" / "model"
+    score = list_weights(model)[SCORE]
+    with open(model / score.file, "r+b") as file:
+        file.seek(score.offset)
+        file.write(struct.pack("<f", math.nan))
+    kind, words = _refused_ppo(run, finished_folder)
+    assert kind == CheckpointError.__name__ and str(model / score.file) in words
+
+
+def _export_with_huge_scores(folder: Path, run: Path) -> None:
+    """A reward model of finite weights, the sums of whose products are not finite."""
+    context = tiny_run.context(tiny_run.config(folder, [f"run.output={run}"]))
+    role, target = context.config.models.reward, run / "reward" / "model"
+    model = load_model(context, role, target, head=Head.SCALAR, options=role.options())
+    model.parameters_by_spec()["head.score.weight"].data.fill_(3e38)
+    export(context, Stage.REWARD, model, role="reward model")
+
+
+def test_a_reward_model_that_answers_no_numbers_ends_ppo(
+    finished_folder: Path, tmp_path: Path
+) -> None:
+    run = _without_ppo(finished_folder, tmp_path)
+    run_ranks(1, _export_with_huge_scores, finished_folder, run)
+    kind, words = _refused_ppo(run, finished_folder)
+    assert kind == DivergenceError.__name__
+    assert words.startswith("prompts before training: ")
+    assert "scores of the reward model are not finite" in words
 
 
 def test_every_counted_step_moves_the_weights_over_as_many_epochs_as_it_takes(

@@ -108,7 +108,7 @@ class BatchLoader(ABC, Generic[BatchT]):
         if not len(self):
             raise DataError(
                 f"data for {self.stage}: {self.rows_per_epoch} rows do not make one batch of "
-                f"{options.batch_size}: use a smaller batch_size"
+                f"{options.batch_size}: use a smaller batch or last = '{LastBatch.FILL}'"
             )
 
     @property

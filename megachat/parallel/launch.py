@@ -82,8 +82,8 @@ class MemoryCheck(StrEnum):
 class LaunchConfig(ConfigModel):
     """How many processes run the job, where, and on which device."""
 
-    processes: int = Field(default=1, ge=1, le=2**22, description="Processes on each node.")
-    nodes: int = Field(default=1, ge=1, le=2**20, description="Nodes of the job.")
+    processes: int = Field(default=1, ge=1, description="Processes on each node.")
+    nodes: int = Field(default=1, ge=1, description="Nodes of the job.")
     rendezvous: str | None = Field(
         default=None,
         description="host:port of the first node, for jobs of several nodes. One node needs none, "

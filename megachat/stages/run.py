@@ -92,10 +92,10 @@ def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comm
     done, inputs = on_first_rank(
         lambda: _open_run(config, stages), task="looking at what is complete"
     )
-    check_inputs(inputs)
     to_run = [stage for stage in stages if stage not in done]
     on_first_rank(partial(require_rows, config.data, to_run), task="preparing the data")
     prepare_backends(config, worker, to_run)
+    check_inputs(inputs)
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     on_first_rank(
         partial(prepare_all_rows, config, context.tokenizer, to_run),

@@ -102,9 +102,7 @@ BAD = {
     "nodes without a rendezvous": Bad(
         settings=["launch.nodes=2"], needle="launch.rendezvous is not set"
     ),
-    "100,000 processes": Bad(
-        settings=["launch.processes=100000"], needle="launch.processes 100000"
-    ),
+    "100,000 processes": Bad(settings=["launch.processes=100000"], needle="launch.processes"),
     "device": Bad(settings=["launch.device=cuda"], needle="launch.device is cuda"),
     "generation backend": Bad(
         settings=["rlhf.generation.backend=cuda"], needle="rlhf.generation.backend: backend"

@@ -23,7 +23,7 @@ def refusals(launch: LaunchConfig, machine: Host, device: torch.device = CPU) ->
 
 
 def test_a_hundred_thousand_processes_are_refused_on_any_machine() -> None:
-    launch = LaunchConfig(processes=100_000)
+    launch = LaunchConfig().model_copy(update={"processes": 100_000})
     problems = list(check_processes(launch, this_host(), CPU))
     assert problems and all(isinstance(each, MegachatError) for each in problems)
     for problem in problems:

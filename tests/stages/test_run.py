@@ -106,8 +106,11 @@ def test_a_stage_that_is_not_asked_for_must_fit_the_configuration_too(
     assert refusal is not None and f"{copy.run.output / 'rlhf'}: completed under" in refusal[1]
 
 
-def test_kernels_that_cannot_be_had_are_refused_before_the_first_stage(tmp_path: Path) -> None:
-    overrides = [f"run.output={tmp_path}/run", "models.actor.logprob_backend=cuda"]
+@pytest.mark.parametrize("key", ["models.actor.logprob_backend", "rlhf.generation.backend"])
+def test_kernels_that_cannot_be_had_are_refused_before_the_first_stage(
+    tmp_path: Path, key: str
+) -> None:
+    overrides = [f"run.output={tmp_path}/run", f"{key}=cuda"]
     refusal = run_ranks(1, _run_anyhow, tmp_path, overrides, list(Stage))[0]
     assert refusal is not None and refusal[0] == "KernelError"
     assert "needs a model on an NVIDIA GPU, and this one is on the cpu" in refusal[1]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from megachat.cli import start
 from megachat.cli.build_kernels import build_kernels
 from megachat.cli.data import data
 from megachat.cli.fetch import fetch
@@ -23,7 +22,7 @@ from megachat.cli.plan import plan, takes_options
 from megachat.cli.presets import DeploymentType, Machine
 from megachat.cli.ranges import GIGABYTES, GPUS_PER_NODE, NODES, check_ranges
 from megachat.errors import MegachatError
-from megachat.parallel.signals import Signalled
+from megachat.parallel.signals import Signalled, catch_signals, report
 
 if TYPE_CHECKING:
     from megachat.data.config import Stage
@@ -197,8 +196,9 @@ def rlhf(
 
 
 def main() -> None:
-    """Starts the command; the `megachat` script comes through `megachat.cli.start` at once."""
-    start.main()
+    """Runs the command; the `megachat` script comes from `megachat.cli.start`."""
+    catch_signals()
+    app()
 
 
 def _run_stage(
@@ -274,7 +274,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except (TyperException, typer.Exit, typer.Abort):
         raise  # typer's own: wrong options, and ends without an error
     except (Exception, Signalled, KeyboardInterrupt) as error:
-        raise typer.Exit(start.report(error)) from None
+        raise typer.Exit(report(error)) from None
 
 
 app.command()(_errors_in_one_line()(plan))

@@ -4,7 +4,9 @@ A rank holds one end of a pipe, through which it says why it fails. The other en
 alone: when the launcher dies, however it dies, the rank reads the end of the pipe and leaves.
 """
 
+import multiprocessing.util
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,6 +139,8 @@ class Channel:
     def _watch(self) -> None:
         """The launcher never sends: what can be read is the end."""
         self._pipe.poll(None)
+        # The launcher's folder with the fork server's socket; nobody else is left to remove it.
+        shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
         os._exit(ORPHANED)
 
 

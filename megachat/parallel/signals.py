@@ -5,11 +5,13 @@ Nothing of this imports torch: it is there before anything that takes long.
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from megachat.errors import SignalError
+from megachat.errors import MegachatError, SignalError
+from megachat.telemetry.crash import as_megachat_error
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, what a scheduler sends, the terminal that was closed."""
@@ -102,3 +104,23 @@ def _react(number: int, _: FrameType | None) -> None:
     for each in ENDING:
         signal.signal(each, signal.SIG_IGN)
     raise Signalled(number)
+
+
+def report(error: BaseException) -> int:
+    """Writes the line that a person reads to standard error; returns the exit status."""
+    told = _told(error)
+    line = f"{type(told).__name__}: {told}\n"
+    try:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+    except OSError:
+        pass  # nobody reads it, or the disk that it goes to is full; the status says it still
+    return told.exit_code
+
+
+def _told(error: BaseException) -> MegachatError:
+    if isinstance(error, Signalled):
+        return told_to_end(error.number)
+    if isinstance(error, KeyboardInterrupt):
+        return told_to_end(signal.SIGINT)
+    return as_megachat_error(error)

@@ -12,6 +12,7 @@ import resource
 import tempfile
 import traceback
 from pathlib import Path
+from types import TracebackType
 
 from megachat.errors import HostError, InternalError, MegachatError
 
@@ -87,7 +88,9 @@ def keep_stack(error: BaseException) -> str:
     return f"its stack is in {path}"
 
 
-def _stack_of(error: BaseException) -> tuple[type[BaseException], BaseException, object]:
+def _stack_of(
+    error: BaseException,
+) -> tuple[type[BaseException], BaseException, TracebackType | None]:
     return (type(error), error, error.__traceback__)
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import megachat.cli.main
-from megachat.cli import start
 from tests.harness.nodes import wait_for
 
 HEADER = "import os, signal, sys, typer; from megachat.cli import main, start\n"
@@ -79,10 +77,3 @@ def test_a_signal_while_modules_are_imported_is_one_line(tmp_path: Path) -> None
     said = process.communicate()[1]
     assert process.returncode == 130
     assert said == "SignalError: the job was ended by SIGINT, as it was told\n"
-
-
-def test_the_older_entry_point_is_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    monkeypatch.setattr(start, "main", lambda: called.append("start"))
-    megachat.cli.main.main()
-    assert called == ["start"]

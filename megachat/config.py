@@ -197,7 +197,7 @@ def build_config(model: type[ModelT], tree: Mapping[str, Any], *, source: str) -
     try:
         return model.model_validate(dict(tree))
     except ValidationError as error:
-        found = [_describe(model, detail) for detail in error.errors()]
+        found = [_describe(model, detail) for detail in _causes(error.errors())]
         count = f"{len(found)} errors: " if len(found) > 1 else ""
         raise ConfigError(f"{source}: {count}{'; '.join(found)}") from error
 
@@ -208,6 +208,16 @@ def _parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _causes(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Errors but for those that follow from one inside: a list lacks the entry that is refused."""
+
+    def follows(own: tuple[int | str, ...]) -> bool:
+        inside = (detail["loc"] for detail in details if len(detail["loc"]) > len(own))
+        return any(loc[: len(own)] == own for loc in inside)
+
+    return [detail for detail in details if not follows(detail["loc"])]
 
 
 def _describe(model: type[BaseModel], detail: ErrorDetails) -> str:

@@ -123,6 +123,15 @@ def test_all_mistakes_are_listed_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_list_is_not_called_short_of_an_entry_that_is_refused() -> None:
+    class Filled(ConfigModel):
+        items: Annotated[tuple[Item, ...], Field(strict=False, min_length=1)]
+
+    with pytest.raises(ConfigError) as caught:
+        build_config(Filled, {"items": [{"name": 3}]}, source="here")
+    assert str(caught.value) == "here: items.0.name: input should be a valid string, got 3"
+
+
 def test_an_override_reaches_the_entries_of_a_list() -> None:
     tree = {"items": [{"name": "a"}, {"name": "b"}], "pair": [1, 2]}
     for override in ("items.1.weight=2.5", "items.2.name=c", "items.0={name='z'}", "pair.0=7"):

@@ -12,12 +12,14 @@ from enum import StrEnum
 from itertools import islice
 from os.path import commonprefix
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megachat.data.chat import ChatConfig, Speaker, Turn, answer_of, prompt_of
 from megachat.data.formats import Row, RowError, field_of, text_of, verbatim
-from megachat.data.records_io import RawRecord
 from megachat.errors import DataError
+
+if TYPE_CHECKING:  # reading a configuration does not wait for the data libraries
+    from megachat.data.records_io import RawRecord
 
 LOOKED_AT = 100
 """Records that decide the format of a file."""
@@ -97,7 +99,7 @@ class FoundFormat:
         )
 
 
-def find_format(records: Iterable[RawRecord], *, source: str) -> FoundFormat:
+def find_format(records: "Iterable[RawRecord]", *, source: str) -> FoundFormat:
     """The format of most of the first records; a record is of the first one that fits it.
 
     Args:

@@ -9,7 +9,7 @@ from megachat.data.config import DataConfig, SourceConfig, Stage
 from megachat.data.encoding import Outcome, StageEncoder, TextRows, stage_columns
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import DataError
-from tests.data.samples import sentence
+from tests.data.samples import sentence, train_tiny
 
 PROMPT, CHOSEN, REJECTED = " Human: sun rain Assistant:", " snow wind", " cloud"
 
@@ -202,8 +202,9 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted(tokenizer: To
     assert encoder.tokens == 0
 
 
-def test_prompt_that_normalises_to_nothing_is_dropped(tokenizer: Tokenizer) -> None:
-    rows, encoder = encode(tokenizer, Stage.PROMPTS, [("\u0001", CHOSEN, None)])
+def test_prompt_that_normalises_to_nothing_is_dropped(tmp_path: Path) -> None:
+    folding = train_tiny(tmp_path, whitespace="fold")
+    rows, encoder = encode(folding, Stage.PROMPTS, [("\u0001", CHOSEN, None)])
     assert not rows and encoder.counts == {Outcome.EMPTY_PROMPT: 1}
 
 

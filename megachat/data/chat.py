@@ -95,4 +95,4 @@ def chat_template(chat: ChatConfig, *, adds_bos: bool) -> str:
 
 def _literal(text: str) -> str:
     """A string literal of Jinja, which reads JSON's escapes."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False, allow_nan=False)

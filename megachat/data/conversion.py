@@ -25,7 +25,7 @@ from megachat.data.own_formats import (
     rename_columns,
 )
 from megachat.data.records_io import RawRecord
-from megachat.data.sources import TRAIN, OpenSource
+from megachat.data.sources import TRAIN, OpenSource, Records
 from megachat.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -63,14 +63,26 @@ class ConversionReport:
     serving: dict[str, int] = field(default_factory=dict)
     """Rows that can serve each step, by its name."""
 
+    def count_served(self, rows: Sequence[Row]) -> None:
+        """Counts the steps that rows can serve."""
+        for row in rows:
+            for stage in row.stages:
+                self.serving[stage.value] += 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Reading:
+class Reading:
     """How the records of a source are read."""
 
     rows: RowFunction
     format: str
     found: str
+    """Why this format was taken, where the rows themselves said it."""
+
+    def report(self) -> ConversionReport:
+        """One that counts nothing yet."""
+        serving = {stage.value: 0 for stage in Stage}
+        return ConversionReport(format=self.format, found=self.found, serving=serving)
 
 
 def convert_source(
@@ -87,7 +99,7 @@ def convert_source(
     Raises:
         DataError: A file is broken as a whole, or its rows are of no known format.
     """
-    reading = _reading(source, opened, chat=chat)
+    reading = reading_of(source, opened.splits[TRAIN], chat=chat)
     reports = {}
     for split, read in opened.splits.items():
         converter = _Converter(source=source, reading=reading)
@@ -97,19 +109,22 @@ def convert_source(
     (folder / _REPORT_FILE).write_text(json.dumps(reports, allow_nan=False))
 
 
-def _reading(source: SourceConfig, opened: OpenSource, *, chat: ChatConfig) -> _Reading:
-    """The rules for the records of a source: those of its format, given or found."""
+def reading_of(source: SourceConfig, records: Records, *, chat: ChatConfig) -> Reading:
+    """The rules for the records of a source: those of its format, given or found.
+
+    Raises:
+        DataError: The first records are of no known format.
+    """
     name, found = source.format_name, ""
     if name is not None and name in FORMATS:
-        return _Reading(rows=FORMATS[name].rows, format=name, found=found)
+        return Reading(rows=FORMATS[name].rows, format=name, found=found)
     columns = source.columns.names
     if name is None:
-        records = opened.splits[TRAIN]()
-        look = find_format(_renamed(records, columns), source=str(source.path))
+        look = find_format(_renamed(records(), columns), source=str(source.path))
         name, found = look.name, look.reason
     style = Rendering(chat=chat, render=source.render)
     rows = partial(_own_rows, columns=columns, known=OWN_FORMATS[name], style=style)
-    return _Reading(rows=rows, format=name, found=found)
+    return Reading(rows=rows, format=name, found=found)
 
 
 def _renamed(records: Iterator[RawRecord], columns: Mapping[str, str]) -> Iterator[RawRecord]:
@@ -171,12 +186,8 @@ def read_reports(folder: Path) -> Mapping[str, ConversionReport]:
 class _Converter:
     """One pass over the records of a split."""
 
-    def __init__(self, *, source: SourceConfig, reading: _Reading) -> None:
-        self.report = ConversionReport(
-            format=reading.format,
-            found=reading.found,
-            serving={stage.value: 0 for stage in Stage},
-        )
+    def __init__(self, *, source: SourceConfig, reading: Reading) -> None:
+        self.report = reading.report()
         self._source = source
         self._rows = reading.rows
         self._reasons: Counter[str] = Counter()
@@ -226,9 +237,7 @@ class _Converter:
             self._count_bad(record, str(problem))
             return []
         self.report.unanswered += not rows
-        for row in rows:
-            for stage in row.stages:
-                self.report.serving[stage.value] += 1
+        self.report.count_served(rows)
         return rows
 
     def _count_bad(self, record: RawRecord, reason: str) -> None:

@@ -4,18 +4,20 @@ The counts are those of the conversion, so a source that is read to its end is j
 judges it. What the tokenizer's length limits drop is not known here: rows are upper bounds.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from megachat.data.blending import Indices, Part, hold_out, stage_part
+from megachat.data.chat import ChatConfig
 from megachat.data.config import DataConfig, SourceConfig, Stage
-from megachat.data.conversion import ConversionReport, check_reports
-from megachat.data.formats import FORMATS, RowError
+from megachat.data.conversion import ConversionReport, Reading, check_reports, reading_of
+from megachat.data.formats import RowError
 from megachat.data.records_io import RawRecord
-from megachat.data.sources import TRAIN, VALIDATION, local_records
+from megachat.data.sources import TRAIN, VALIDATION, Records, local_records
+from megachat.data.stage_data import shares_of
 from megachat.errors import DataError
 
 
@@ -33,9 +35,7 @@ class _Split:
     """One pass over the records of a split."""
 
     records: Iterator[RawRecord]
-    report: ConversionReport = field(default_factory=ConversionReport)
-    pairs: int = 0
-    """Rows with a rejected answer."""
+    report: ConversionReport
     is_complete: bool = False
     """Whether the pass has come to the end."""
 
@@ -43,19 +43,25 @@ class _Split:
 class SourceLook:
     """A local source, read as far as was asked for."""
 
-    def __init__(self, source: SourceConfig) -> None:
-        """Opens it; reads nothing yet.
+    def __init__(self, source: SourceConfig, *, chat: ChatConfig) -> None:
+        """Opens it and reads the records that show its format.
+
+        Args:
+            source: Its settings.
+            chat: What stands before the turns of conversations.
 
         Raises:
-            DataError: It is not there or holds no data.
+            DataError: It is not there, holds no data, or is of no known format.
         """
         if source.path is None:
             raise DataError(f"data set {source.name}: only a source with a path is local")
         self.source = source
-        self._rows = FORMATS[source.format_name].rows
+        found: Mapping[str, Records] = local_records(source.path)
+        reading: Reading = reading_of(source, found[TRAIN], chat=chat)
+        self._rows = reading.rows
         self._splits = {
-            name: _Split(records=islice(records(), source.max_rows))
-            for name, records in local_records(source.path).items()
+            name: _Split(records=islice(records(), source.max_rows), report=reading.report())
+            for name, records in found.items()
         }
 
     @property
@@ -91,7 +97,14 @@ class SourceLook:
         check_reports(self.source, reports, max_bad_share=max_bad_share)
 
     def counts(self, config: DataConfig, stage: Stage) -> RowCounts:
-        """What the rows that were read give to a stage."""
+        """What the rows that were read give to a stage.
+
+        Raises:
+            DataError: The source's own split gives rows to steps that none of them can serve.
+        """
+        served = self._splits[TRAIN].report.serving
+        if not any(served.values()):
+            return RowCounts(train=0, held_out=0)
         parts = {name: self._part(name, config, stage) for name in self._splits}
         if VALIDATION in parts:
             train, held_out = (
@@ -103,8 +116,10 @@ class SourceLook:
                 parts[TRAIN], share=config.validation_share, at_most=config.max_validation_rows
             )
             train, held_out = len(held.train), len(held.validation)
-        if stage is Stage.REWARD:
-            pairs = {name: split.pairs for name, split in self._splits.items()}
+        if stage is Stage.REWARD:  # rows without a pair are left out of its part
+            pairs = {
+                name: split.report.serving[stage.value] for name, split in self._splits.items()
+            }
             train = min(train, pairs[TRAIN])
             held_out = min(held_out, pairs.get(VALIDATION, pairs[TRAIN]))
         part = Part(source=self.source.name, num_rows=train, weight=self.source.weight)
@@ -114,7 +129,7 @@ class SourceLook:
         """As many row numbers as the stage gets of a split; which ones does not matter."""
         return stage_part(
             self._splits[split].report.rows,
-            weights=config.split_of(self.source),
+            weights=shares_of(self.source, config, serving=self._splits[TRAIN].report.serving),
             part=list(Stage).index(stage),
             random=np.random.default_rng(0),
         )
@@ -132,4 +147,4 @@ class SourceLook:
             return
         split.report.rows += len(rows)
         split.report.unanswered += not rows
-        split.pairs += sum(row.rejected is not None for row in rows)
+        split.report.count_served(rows)

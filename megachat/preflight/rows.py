@@ -36,7 +36,7 @@ def check_data(config: RunConfig, stages: frozenset[Stage]) -> Iterator[Megachat
         with told() as problems:
             _find(source)
             if source.path is not None:
-                looks.append(_look(source))
+                looks.append(_look(config, source))
         yield from problems
         sound = sound and not problems
     if not sound:
@@ -65,10 +65,10 @@ def _find(source: SourceConfig) -> None:
         )
 
 
-def _look(source: SourceConfig) -> "SourceLook":
+def _look(config: RunConfig, source: SourceConfig) -> "SourceLook":
     from megachat.data.first_look import SourceLook
 
-    look = SourceLook(source)
+    look = SourceLook(source, chat=config.data.chat)
     look.read(_FIRST_RECORDS)
     return look
 
@@ -99,8 +99,8 @@ def _short(
     config: RunConfig, stage: Stage, looks: Sequence["SourceLook"]
 ) -> Sequence[MegachatError]:
     """What is too little for a stage, by what has been read."""
-    counts = [look.counts(config.data, stage) for look in looks]
     with told() as problems:
+        counts = [look.counts(config.data, stage) for look in looks]
         check_rows(
             config,
             stage,

@@ -322,4 +322,4 @@ def _stage_lines(plan: _Plan) -> Iterator[str]:
 
 def _quoted(text: str) -> str:
     """A string of TOML, whose basic strings have JSON's escapes."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False, allow_nan=False)

@@ -15,7 +15,7 @@ from tests.conventions.source import SourceFile, assert_none, project_files, sni
 _KEY = re.compile(r"(?<![\w./-])([a-z]\w*(?:\.(?:[a-z]\w*|\{\}|\*|\d+))+)")
 """A dotted name; `{}` stands for what an f-string puts in."""
 
-_NOT_KEYS = frozenset({"json", "model", "toml", "fingerprint"})
+_NOT_KEYS = frozenset({"json", "jsonl", "model", "toml", "fingerprint"})
 """Endings of file names that begin like a section."""
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megachat.data.chat import ChatConfig
 from megachat.data.config import SourceConfig, Stage
 from megachat.data.first_look import SourceLook
 from megachat.data.stage_data import build_stage_data
@@ -26,7 +27,7 @@ def test_a_source_that_is_read_to_its_end_has_the_rows_that_the_stage_gets(
 ) -> None:
     mine = source(tmp_path, 75, **settings)
     config = data_config(tmp_path, mine, validation_share=0.15, max_validation_rows=4)
-    look = SourceLook(mine)
+    look = SourceLook(mine, chat=ChatConfig())
     while not look.is_complete:
         look.read(20)
     counts = look.counts(config, stage)
@@ -43,7 +44,7 @@ def test_a_folder_with_held_out_rows_of_its_own_is_counted_so(
     write_jsonl(folder / "test.jsonl", pairs(30))
     mine = SourceConfig(name="mine", path=folder)
     config = data_config(tmp_path, mine)
-    look = SourceLook(mine)
+    look = SourceLook(mine, chat=ChatConfig())
     look.read(1000)
     data = build_stage_data(config, stage=Stage.REWARD, tokenizer=tokenizer)
     counts = look.counts(config, Stage.REWARD)
@@ -51,7 +52,7 @@ def test_a_folder_with_held_out_rows_of_its_own_is_counted_so(
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
-    look = SourceLook(source(tmp_path, 50))
+    look = SourceLook(source(tmp_path, 50), chat=ChatConfig())
     config = data_config(tmp_path, look.source)
     assert not look.is_complete and look.counts(config, Stage.SFT).train == 0
     look.read(50)
@@ -62,7 +63,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
 
 def test_a_source_is_judged_as_the_conversion_judges_it(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", ["{", *pairs(3)])
-    look = SourceLook(SourceConfig(name="mine", path=path))
+    look = SourceLook(SourceConfig(name="mine", path=path), chat=ChatConfig())
     look.read(2)
     look.check(max_bad_share=0.0)  # it goes on
     look.read(9)
@@ -74,6 +75,6 @@ def test_a_source_is_judged_as_the_conversion_judges_it(tmp_path: Path) -> None:
 
 def test_what_is_not_local_or_not_there_cannot_be_looked_at(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="only a source with a path is local"):
-        SourceLook(SourceConfig(name="Dahoas/rm-static"))
+        SourceLook(SourceConfig(name="Dahoas/rm-static"), chat=ChatConfig())
     with pytest.raises(DataError, match="no such file or folder"):
-        SourceLook(SourceConfig(name="mine", path=tmp_path / "none"))
+        SourceLook(SourceConfig(name="mine", path=tmp_path / "none"), chat=ChatConfig())

@@ -9,6 +9,7 @@ import pytest
 
 from megachat.data import sources
 from megachat.data.config import Stage
+from megachat.data.own_formats import LOOKED_AT
 from megachat.data.records_io import RawRecord, read_file
 from megachat.errors import DataError
 from megachat.hub import constants
@@ -150,12 +151,12 @@ def test_of_a_large_file_no_more_is_read_than_the_batches_need(
     write_jsonl(tmp_path / "rows.jsonl", map(pair, range(20_000)))
     seen = counted(monkeypatch)
     assert refusals(config(tmp_path)) == []
-    assert len(seen) == 256
+    assert len(seen) == LOOKED_AT + 256
     assert refusals(config(tmp_path, "sft.batch_rows=500")) == []
-    assert 500 / 0.18 < len(seen) - 256 < 8000
+    assert 500 / 0.18 < len(seen) - 2 * LOOKED_AT - 256 < 8000
     seen.clear()
     assert "3600 rows to train on" in refusals(config(tmp_path, "sft.batch_rows=4000"))[0]
-    assert len(seen) == 20_000
+    assert len(seen) == LOOKED_AT + 20_000
 
 
 def test_a_large_file_of_nothing_usable_is_left_to_the_run(
@@ -165,7 +166,8 @@ def test_a_large_file_of_nothing_usable_is_left_to_the_run(
     line = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(line * 40_000)
     seen = counted(monkeypatch)
-    assert refusals(config(tmp_path)) == []
+    source = f'data.sources=[{{path="{tmp_path}/rows.jsonl", format="common"}}]'
+    assert refusals(config(tmp_path, source)) == []
     assert 10_000 < len(seen) < 40_000
 
 

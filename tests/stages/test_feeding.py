@@ -19,7 +19,6 @@ from megachat.stages.context import (
     stage_folder,
     tokenizer_folder,
 )
-from megachat.stages.starts import start_models
 from megachat.stages.status import completed_stages, describe_run
 from tests.harness import run_ranks
 from tests.harness.groups import groups_of
@@ -141,20 +140,3 @@ def test_a_run_that_takes_everything_from_others_is_refused(finished_folder: Pat
     assert config.own_stages(list(Stage)) == [Stage.REWARD, Stage.PROMPTS]
     with pytest.raises(ConfigError, match="run: run.sft_from runs/a is run.output, this run"):
         tiny_run.config(finished_folder, ["run.sft_from=runs/a", "run.output=runs/a"])
-
-
-def test_every_stage_says_which_models_it_reads(finished_folder: Path) -> None:
-    overrides = ["run.output=runs/b", "run.sft_from=runs/a"]
-    config = tiny_run.config(finished_folder, overrides)
-    found = {
-        stage: [(start.role, start.name, start.stage) for start in start_models(config, stage)]
-        for stage in Stage
-    }
-    assert found == {
-        Stage.SFT: [],
-        Stage.REWARD: [("reward", "runs/a/sft/model", Stage.SFT)],
-        Stage.PROMPTS: [
-            ("actor", "runs/a/sft/model", Stage.SFT),
-            ("reward", "runs/b/reward/model", Stage.REWARD),
-        ],
-    }

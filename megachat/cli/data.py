@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megachat.cli.plan import takes_options
+from megachat.cli.ranges import Range, check_ranges
 from megachat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class DataOptions:
         typer.Option("--column", metavar="KNOWN=YOURS", help="E.g. --column prompt=question."),
     ] = None
     rows: Annotated[
-        int, typer.Option(min=1, help="Look at so many records of each source at most.")
+        int,
+        typer.Option(help="Look at so many records of each source at most."),
+        Range(least=1, most=10**9),
     ] = 10_000
 
 
@@ -62,6 +65,7 @@ def data(options: DataOptions) -> None:
     from megachat.data.config import Stage
     from megachat.data.inspection import limited, look_at, text_examples
 
+    check_ranges(options)
     if not options.files and options.config is None:
         raise ConfigError("nothing to look at: name files, or --config FILE")
     if options.stage is not None and options.stage not in list(Stage):

@@ -93,8 +93,8 @@ def _run_stages(worker: Worker, config: RunConfig, stages: Sequence[Stage], comm
         lambda: _open_run(config, stages), task="looking at what is complete"
     )
     to_run = [stage for stage in stages if stage not in done]
-    on_first_rank(partial(require_rows, config.data, to_run), task="preparing the data")
     prepare_backends(config, worker, to_run)
+    on_first_rank(partial(require_rows, config.data, to_run), task="preparing the data")
     check_inputs(inputs)
     context = RunContext(config=config, worker=worker, tokenizer=prepare_tokenizer(config))
     on_first_rank(

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from megachat.data.config import Stage
 from megachat.stages.config import FROM_SFT, RunConfig
 from megachat.stages.starts import tokenizer_source
@@ -61,8 +63,24 @@ def tokenizer_settings(config: RunConfig) -> Settings:
 
 def _settings(config: RunConfig, choose: Callable[[Tree], Tree]) -> Settings:
     every = choose(config.model_dump(mode="json"))
-    chosen = choose(config.model_dump(mode="json", exclude_defaults=True))
+    chosen = choose(_not_defaults(config))
     return Settings(values=dict(_flat(every)), chosen=frozenset(key for key, _ in _flat(chosen)))
+
+
+def _not_defaults(model: BaseModel) -> Tree:
+    """The settings that are not at their defaults; a required one never is."""
+    tree: Tree = {}
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        if not info.is_required() and value == info.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, BaseModel):
+            tree[name] = _not_defaults(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            tree[name] = [_not_defaults(each) for each in value]
+        else:
+            tree[name] = value
+    return tree
 
 
 def _stage_tree(tree: Tree, stage: Stage) -> Tree:

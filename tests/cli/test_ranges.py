@@ -12,6 +12,7 @@ from megachat.cli.main import app
 from megachat.cli.ranges import Range, range_of
 
 REQUIRED = {
+    "data": ["rows.jsonl"],
     "plan": ["--model", "facebook/opt-125m"],
     "train": ["--actor-model", "facebook/opt-125m", "--deployment-type", "multi_node"],
 }

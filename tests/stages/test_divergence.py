@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from megachat.checkpoint.checksums import MARKER_FILE
 from megachat.checkpoint.names import SCORE
 from megachat.checkpoint.reader import list_weights
 from megachat.data.config import Stage
 from megachat.errors import CheckpointError, DivergenceError, MegachatError
 from megachat.model import Head
-from megachat.stages.context import stage_fingerprint, stage_folder
+from megachat.stages.context import stage_folder
 from megachat.stages.loop import export
 from megachat.stages.results import RESULT_FILE, read_result
 from megachat.stages.roles import load_model
@@ -27,7 +28,8 @@ WORDS, OUTPUT = "model.decoder.embed_tokens.weight", "lm_head.weight"
 
 
 def _change(folder: Path, **tensors: torch.Tensor) -> Path:
-    """Puts tensors into a model folder, `__` standing for a dot."""
+    """Puts tensors into a model folder, `__` standing for a dot; it is no export of ours then."""
+    (folder / MARKER_FILE).unlink(missing_ok=True)
     file = folder / "model.safetensors"
     state = load_file(file)
     state |= {name.replace("__", "."): value.contiguous() for name, value in tensors.items()}
@@ -173,10 +175,7 @@ def test_every_counted_step_moves_the_weights_over_as_many_epochs_as_it_takes(
     ends = {}
     for name, (overrides, _) in runs.items():
         config = tiny_run.config(tmp_path, [f"run.output={tmp_path / name}", *overrides])
-        result = read_result(
-            stage_folder(config, Stage.SFT),
-            expected_fingerprint=stage_fingerprint(config, Stage.SFT),
-        )
+        result = read_result(stage_folder(config, Stage.SFT))
         assert result is not None
         ends[name] = (result.metrics["steps"], result.ended_by)
     assert [ends[f"{steps} steps"] for steps in (1, 2, 4)] == [

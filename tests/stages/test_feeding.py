@@ -15,10 +15,10 @@ from megachat.model.opt import OptModel
 from megachat.parallel.layout import ParallelLayout
 from megachat.stages.config import RunConfig
 from megachat.stages.context import (
-    stage_fingerprint,
     stage_folder,
     tokenizer_folder,
 )
+from megachat.stages.origin import stages_before
 from megachat.stages.status import completed_stages, describe_run
 from tests.harness import run_ranks
 from tests.harness.groups import groups_of
@@ -56,16 +56,12 @@ def test_a_reward_model_from_a_folder_needs_no_supervised_stage(
     assert set(completed_stages(later)) == {Stage.REWARD}
 
 
-def test_a_reward_model_from_a_folder_does_not_depend_on_the_supervised_stage(
-    finished_folder: Path,
+@pytest.mark.parametrize(("model", "before"), [("facebook/opt-350m", ()), ("sft", (Stage.SFT,))])
+def test_a_reward_model_depends_on_the_supervised_stage_where_it_starts_from_it(
+    finished_folder: Path, model: str, before: tuple[Stage, ...]
 ) -> None:
-    def prints(model: str) -> set[str]:
-        changes = ("sft.batch_rows=8", "sft.batch_rows=9")
-        items = [[f"models.reward.model={model}", change] for change in changes]
-        configs = [tiny_run.config(finished_folder, each) for each in items]
-        return {stage_fingerprint(config, Stage.REWARD) for config in configs}
-
-    assert len(prints("facebook/opt-350m")) == 1 and len(prints("sft")) == 2
+    config = tiny_run.config(finished_folder, [f"models.reward.model={model}"])
+    assert stages_before(config, Stage.REWARD) == before
 
 
 def test_a_finished_run_feeds_another_one(

@@ -82,7 +82,7 @@ def test_the_limit_of_held_out_rows_says_what_it_leaves(
 
 def test_the_lines_are_in_the_log(finished: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = Tokenizer.load(tokenizer_folder(finished))
-    with caplog.at_level(logging.INFO, logger="megachat.stages.rows"):
+    with caplog.at_level(logging.INFO, logger="megachat.stages.row_counts"):
         prepare_all_rows(finished, tokenizer, [Stage.PROMPTS])
     assert [record.getMessage() for record in caplog.records] == [
         "data for prompts: the first 10 of 40 held-out rows are evaluated (rlhf.evaluation_rows): "

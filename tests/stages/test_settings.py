@@ -85,7 +85,8 @@ def test_a_trained_tokenizer_depends_on_its_settings_and_the_data(
     assert (tokenizer_settings(first) == tokenizer_settings(second)) is same
 
 
-def test_a_tokenizer_from_elsewhere_depends_on_no_setting() -> None:
+def test_of_a_tokenizer_from_elsewhere_only_the_chat_template_is_a_setting() -> None:
     tree = tiny_run.tree(Path("folder"))
     tree["tokenizer"] = {"path": "x"}
-    assert tokenizer_settings(build_config(RunConfig, tree, source="test")).values == {}
+    values = tokenizer_settings(build_config(RunConfig, tree, source="test")).values
+    assert set(values) == {"data.chat.human", "data.chat.assistant", "data.chat.system"}

@@ -57,8 +57,11 @@ class LocalRanks:
             args: What it gets.
         """
         mine, theirs = self._context.Pipe()
+        # A launcher that a program of its own has started shares that program's folder.
+        owned = multiprocessing.parent_process() is None
+        folder = multiprocessing.util.get_temp_dir() if owned else None
         process = self._context.Process(  # type: ignore[attr-defined]
-            target=_run, args=(theirs, target, args), name=origin
+            target=_run, args=(theirs, folder, target, args), name=origin
         )
         self._ranks.append(_Rank(origin, process, mine))
         with children_ignore_signals():
@@ -118,9 +121,14 @@ class LocalRanks:
 class Channel:
     """A rank's way to its launcher."""
 
-    def __init__(self, pipe: Connection) -> None:
-        """Starts to watch whether the launcher lives."""
-        self._pipe = pipe
+    def __init__(self, pipe: Connection, *, folder: str | None = None) -> None:
+        """Starts to watch whether the launcher lives.
+
+        Args:
+            pipe: To the launcher.
+            folder: What the launcher would remove at its end: the fork server's socket is there.
+        """
+        self._pipe, self._folder = pipe, folder
         threading.Thread(target=self._watch, name="launcher", daemon=True).start()
 
     def leave(self, failure: Failure) -> NoReturn:
@@ -139,13 +147,15 @@ class Channel:
     def _watch(self) -> None:
         """The launcher never sends: what can be read is the end."""
         self._pipe.poll(None)
-        # The launcher's folder with the fork server's socket; nobody else is left to remove it.
-        shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
+        if self._folder is not None:  # nobody else is left to remove it
+            shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(ORPHANED)
 
 
-def _run(pipe: Connection, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    target(Channel(pipe), *args)
+def _run(
+    pipe: Connection, folder: str | None, target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    target(Channel(pipe, folder=folder), *args)
 
 
 def _said(rank: _Rank) -> Failure | None:

@@ -240,7 +240,7 @@ def expected_trajectory(name: str, *, weights: Path | None = None) -> Trajectory
     )
     losses, norms = [], []
     for step in range(STEPS):
-        warm, done = min(1.0, (step + 1) / 3), max(0, step - 3) / (STEPS - 4)
+        warm, done = min(1.0, (step + 1) / 3), max(0, step - 3) / (STEPS - 3)
         for group in optimizer.param_groups:
             group["lr"] = 0.005 * warm * (1.0 - 0.9 * done)
         loss = task.expected_loss(model, task.make_batch(ROWS, step))

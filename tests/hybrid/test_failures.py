@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.errors import CapacityError, LaunchError, MegachatError
+from megachat.errors import CapacityError, InternalError, LaunchError, MegachatError
 from megachat.parallel.launch import LaunchConfig, Worker, launch
 from tests.hybrid import failing
 from tests.stages import tiny_run
@@ -38,7 +38,11 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         (failing.in_generation, CapacityError, failing.CAPACITY),
         (failing.in_reshard, LaunchError, "rank 1 was killed by SIGKILL"),
-        (failing.in_training, LaunchError, "rank 1 failed:\nTraceback"),
+        (
+            failing.in_training,
+            InternalError,
+            "internal error on rank 1: KeyError: 'the third micro-batch'",
+        ),
     ],
     ids=["generation", "reshard", "training"],
 )

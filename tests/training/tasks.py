@@ -158,7 +158,10 @@ def expected_policy_loss(model: nn.Module, batch: Experience) -> Tensor:
         prompt, length = int(batch.prompt_lengths[row]), int(batch.lengths[row])
         answer = batch.tokens[row, prompt:length]
         logits = model(input_ids=batch.tokens[row : row + 1, :length]).logits[0, prompt - 1 : -1]
-        distribution = torch.distributions.Categorical(logits=logits / TEMPERATURE)
+        distribution = torch.distributions.Categorical(
+            logits=logits / TEMPERATURE,
+            validate_args=False,  # which refuses the rows without an answer
+        )
         ratio = (distribution.log_prob(answer) - batch.logprobs[row, : len(answer)]).exp()
         gain = batch.advantages[row, : len(answer)].double()
         loss = -torch.minimum(gain * ratio, gain * ratio.clip(0.8, 1.2))

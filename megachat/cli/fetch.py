@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megachat.errors import ConfigError
+from megachat.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megachat.stages.inputs import Input
@@ -33,7 +33,8 @@ def fetch(
     Clusters often have a network on the login node only: run this there, with the same HF_HOME as
     the job. What is here already is left as it is.
     """
-    from megachat.stages.inputs import check_published
+    from megachat.hub import lacking
+    from megachat.stages.inputs import ModelInput, check_published
 
     if overrides and config is None:
         raise typer.BadParameter("--set needs --config")
@@ -45,6 +46,8 @@ def fetch(
     for each in inputs:
         found = each.find()
         place = found if found is not None else each.fetch()
+        if isinstance(each, ModelInput) and (name := lacking(place.path, each.content)) is not None:
+            raise CheckpointError(f"{each}: {place.path} has no {name}: give a whole folder")
         state = "fetched" if found is None else "was there"
         total += place.num_bytes if found is None else 0
         typer.echo(f"{each}: {state}, {place.num_bytes / 1e6:.1f} MB, {place.path}")

@@ -138,3 +138,13 @@ def test_without_a_network_it_is_one_line(served: FakeHub, monkeypatch: pytest.M
     assert_one_line(invoke("fetch", "nobody/actor"), "cannot be reached from here")
     assert_one_line(invoke("fetch", "--data", "Dahoas/rm-static"), "no copy is cached here")
     assert served.requests == []
+
+
+@pytest.mark.parametrize("name", ["", "empty"])
+def test_a_folder_that_holds_no_model_is_not_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = invoke("fetch", name)
+    assert_one_line(result, "has no config.json: give a whole folder")

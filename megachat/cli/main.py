@@ -233,13 +233,12 @@ def _run(config: "RunConfig", stages: "list[Stage]", *, dry_run: bool) -> None:
     from megachat.stages.context import prepare_output
     from megachat.stages.inputs import fetch_missing, inputs_of
     from megachat.stages.run import run_stages
-    from megachat.stages.status import completed_stages
     from megachat.telemetry.log import set_up_logging
 
-    stages, done = config.own_stages(stages), completed_stages(config)
-    inputs = inputs_of(config, [stage for stage in stages if stage not in done])
+    stages = config.own_stages(stages)
     set_up_logging()
-    if fetch_missing(inputs):  # before the ranks join: nobody waits for a download in a collective
+    # Before the ranks join: nobody waits for a download in a collective.
+    if fetch_missing(inputs_of(config, report.to_run)):
         report = preflight(config, stages)
         report.refuse()
     for note in report.notes:

@@ -63,11 +63,28 @@ class ConversionReport:
     serving: dict[str, int] = field(default_factory=dict)
     """Rows that can serve each step, by its name."""
 
-    def count_served(self, rows: Sequence[Row]) -> None:
-        """Counts the steps that rows can serve."""
+    def take(self, record: RawRecord, read: RowFunction) -> Sequence[Row]:
+        """Counts a record and gives its rows.
+
+        Raises:
+            RowError: It cannot be used; that is counted, too.
+        """
+        self.records += 1
+        try:
+            if record.value is None:
+                raise RowError(record.problem or "unreadable")
+            rows = read(record.value)
+        except RowError as problem:
+            if not self.bad:
+                self.first_problem = f"{record.file} row {record.row}: {problem}"
+            self.bad += 1
+            raise
+        self.rows += len(rows)
+        self.unanswered += not rows
         for row in rows:
             for stage in row.stages:
                 self.serving[stage.value] += 1
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +214,6 @@ class _Converter:
         limited = islice(records, self._source.max_rows)
         while block := list(islice(limited, ROWS_AT_ONCE)):
             rows = [row for record in block for row in self._convert(record)]
-            self.report.rows += len(rows)
             yield {
                 "prompt": [row.prompt for row in rows],
                 "chosen": [row.chosen for row in rows],
@@ -227,24 +243,11 @@ class _Converter:
                 ", ".join(f"{count} x {reason}" for reason, count in report.reasons.items()),
             )
 
-    def _convert(self, record: RawRecord) -> list[Row]:
-        self.report.records += 1
+    def _convert(self, record: RawRecord) -> Sequence[Row]:
         try:
-            if record.value is None:
-                raise RowError(record.problem or "unreadable")
-            rows = list(self._rows(record.value))
+            return self.report.take(record, self._rows)
         except RowError as problem:
-            self._count_bad(record, str(problem))
-            return []
-        self.report.unanswered += not rows
-        self.report.count_served(rows)
-        return rows
-
-    def _count_bad(self, record: RawRecord, reason: str) -> None:
-        where = f"{record.file} row {record.row}: {reason}"
-        if not self.report.bad:
-            self.report.first_problem = where
-        if self.report.bad < _LOGGED_PROBLEMS:
-            _LOG.warning("unusable record: %s", where)
-        self.report.bad += 1
-        self._reasons[reason.partition(": ")[0]] += 1
+            if self.report.bad <= _LOGGED_PROBLEMS:
+                _LOG.warning("unusable record: %s row %s: %s", record.file, record.row, problem)
+            self._reasons[str(problem).partition(": ")[0]] += 1
+            return ()

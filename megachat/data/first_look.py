@@ -5,6 +5,7 @@ judges it. What the tokenizer's length limits drop is not known here: rows are u
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -84,7 +85,8 @@ class SourceLook:
         for split in self._splits.values():
             before = split.report.records
             for record in islice(split.records, count):
-                self._count(split, record)
+                with suppress(RowError):  # the report counts it
+                    split.report.take(record, self._rows)
             split.is_complete = split.report.records < before + count
 
     def check(self, *, max_bad_share: float) -> None:
@@ -133,18 +135,3 @@ class SourceLook:
             part=list(Stage).index(stage),
             random=np.random.default_rng(0),
         )
-
-    def _count(self, split: _Split, record: RawRecord) -> None:
-        split.report.records += 1
-        try:
-            if record.value is None:
-                raise RowError(record.problem or "unreadable")
-            rows = self._rows(record.value)
-        except RowError as problem:
-            if not split.report.bad:
-                split.report.first_problem = f"{record.file} row {record.row}: {problem}"
-            split.report.bad += 1
-            return
-        split.report.rows += len(rows)
-        split.report.unanswered += not rows
-        split.report.count_served(rows)

@@ -138,22 +138,13 @@ def look_at(
     Raises:
         DataError: The source cannot be read, or no row of it is usable.
     """
-    free = source.model_copy(update={"split": None})
-    everything = config.model_copy(
-        update={
-            "sources": (free,),
-            "split": (1.0, 1.0, 1.0),
-            "cache_dir": folder,
-            "max_bad_share": 1.0,
-            "validation_share": 0.0,
-        }
-    )
+    everything = _everything(source, config, folder=folder)
     (prepared,) = prepare_sources(everything)
     report, rows = prepared.reports[TRAIN], prepared.splits[TRAIN]
     able = [stage for stage in stages if report.serving[stage.value]]
     views: list[StageView] = []
     if tokenizer is not None:
-        views = [_stage_view(free, everything, stage=stage, tokenizer=tokenizer) for stage in able]
+        views = [_stage_view(everything, stage=stage, tokenizer=tokenizer) for stage in able]
     return SourceView(
         name=source.name,
         path=source.path,
@@ -176,9 +167,7 @@ def text_examples(source: SourceConfig, config: DataConfig, *, folder: Path) -> 
         config: As in `look_at`.
         folder: As in `look_at`.
     """
-    free = source.model_copy(update={"split": None})
-    update = {"sources": (free,), "cache_dir": folder, "split": (1.0, 1.0, 1.0)}
-    (prepared,) = prepare_sources(config.model_copy(update=update | {"max_bad_share": 1.0}))
+    (prepared,) = prepare_sources(_everything(source, config, folder=folder))
     return [
         Example(
             title=f"row {place}",
@@ -191,9 +180,21 @@ def text_examples(source: SourceConfig, config: DataConfig, *, folder: Path) -> 
     ]
 
 
-def _stage_view(
-    source: SourceConfig, config: DataConfig, *, stage: Stage, tokenizer: Tokenizer
-) -> StageView:
+def _everything(source: SourceConfig, config: DataConfig, *, folder: Path) -> DataConfig:
+    """Settings under which all rows of one source are looked at, however bad, in a folder."""
+    return config.model_copy(
+        update={
+            "sources": (source.model_copy(update={"split": None}),),
+            "split": (1.0, 1.0, 1.0),
+            "cache_dir": folder,
+            "max_bad_share": 1.0,
+            "validation_share": 0.0,
+        }
+    )
+
+
+def _stage_view(config: DataConfig, *, stage: Stage, tokenizer: Tokenizer) -> StageView:
+    (source,) = config.sources
     split = tuple(float(each is stage) for each in Stage)
     alone = config.model_copy(update={"sources": (source.model_copy(update={"split": split}),)})
     try:

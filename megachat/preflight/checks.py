@@ -29,6 +29,8 @@ class Report:
     """Why the run cannot start, each a line; empty: nothing known stands in its way."""
     notes: list[str] = field(default_factory=list)
     """What could not be checked, and warnings."""
+    to_run: frozenset[Stage] = frozenset()
+    """What is asked for and not complete."""
 
     def add(self, problems: Iterable[MegachatError]) -> None:
         """Takes in what a check finds, each line once."""
@@ -63,8 +65,9 @@ def preflight(config: RunConfig, stages: Sequence[Stage], host: Host | None = No
         stages: What is asked for, in order; what is complete is not looked at.
         host: What this machine allows; None asks the kernel.
     """
-    report, host = Report(), host if host is not None else this_host()
+    host = host if host is not None else this_host()
     to_run, state = _stages_to_run(config, stages)
+    report = Report(to_run=to_run)
     device = _check_launch(config, host, report)
     report.add(config.problems())
     known = _check_models(config, to_run, report)

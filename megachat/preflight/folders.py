@@ -21,6 +21,7 @@ from megachat.preflight.models import Architectures, told
 from megachat.stages.config import RunConfig
 from megachat.stages.context import stage_folder, tokenizer_folder
 from megachat.stages.results import MODEL_FOLDER
+from megachat.stages.starts import tokenizer_source
 
 _BESIDE_BYTES = 16 * 2**20
 """Logs, metrics, curves and report of a run, and the small files of its exports."""
@@ -161,10 +162,11 @@ def _export_bytes(config: RunConfig, stage: Stage, models: Architectures) -> int
 
 def _tokenizer_bytes(config: RunConfig) -> int:
     """Of the tokenizer's files: as they lie on this disk, or as predicted."""
-    section = config.tokenizer
-    if section.train is not None:
+    section, source = config.tokenizer, tokenizer_source(config)
+    if source is None:
+        assert section.train is not None, "there is a source or a training"
         return _VOCABULARY_BYTES + _PIECE_BYTES * section.train.vocab_size
-    folder = folder_on_disk(section.path or config.models.actor.model or "", Content.TOKENIZER)
+    folder = folder_on_disk(source, Content.TOKENIZER)
     if folder is None:
         return 0
     names = chosen_files([path.name for path in folder.iterdir()], Content.TOKENIZER)

@@ -10,6 +10,7 @@ import torch
 
 from megachat.errors import CapacityError, LaunchError, MegachatError
 from megachat.parallel.launch import LaunchConfig, MemoryCheck
+from megachat.planner.hardware import GB
 from megachat.preflight.memory import PROCESS_BYTES
 from megachat.telemetry.machine import available_bytes
 
@@ -17,7 +18,6 @@ _HANDLES_OF_RANK = 3
 """What a launcher holds of each rank that it starts: a pipe, a sentinel and what keeps it open."""
 _HANDLES_BESIDE = 64
 """Of everything else: standard streams, modules, logs, the meeting of the nodes."""
-_GB = 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +84,8 @@ def check_processes(
     on_cpu = device is not None and device.type == "cpu"
     if checks_memory and on_cpu and needed > host.memory_bytes:
         yield CapacityError(
-            f"launch.processes {launch.processes} take {needed / _GB:.1f} GB before they hold any "
-            f"tensor, but {host.memory_bytes / _GB:.1f} GB are free here: lower launch.processes "
+            f"launch.processes {launch.processes} take {needed / GB:.1f} GB before they hold any "
+            f"tensor, but {host.memory_bytes / GB:.1f} GB are free here: lower launch.processes "
             '(launch.memory_check = "warn" starts them anyway)'
         )
 

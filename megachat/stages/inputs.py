@@ -20,9 +20,9 @@ from megachat.hub import (
     folder_on_disk,
     why_unpublished,
 )
-from megachat.stages.config import FROM_SFT, RunConfig
+from megachat.stages.config import RunConfig
 from megachat.stages.context import TOKENIZER_RECORD
-from megachat.stages.starts import tokenizer_source
+from megachat.stages.starts import start_models, tokenizer_source
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +139,13 @@ def inputs_of(config: RunConfig, stages: Iterable[Stage]) -> tuple[Input, ...]:
     """
     wanted = set(stages)
     has_tokenizer = (config.run.output / TOKENIZER_RECORD).is_file()
-    actor, reward = config.models.actor.model, config.models.reward.model
-    found: list[Input] = []
-    if Stage.SFT in wanted and actor is not None:
-        found.append(ModelInput(name=actor))
-    if Stage.REWARD in wanted and reward is not None and reward != FROM_SFT:
-        found.append(ModelInput(name=reward))
+    found: list[Input] = [
+        ModelInput(name=start.name)
+        for stage in Stage
+        if stage in wanted
+        for start in start_models(config, stage)
+        if start.stage is None
+    ]
     tokenizer = tokenizer_source(config)
     if wanted and tokenizer is not None and not has_tokenizer:
         found.append(ModelInput(name=tokenizer, content=Content.TOKENIZER))

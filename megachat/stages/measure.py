@@ -8,6 +8,7 @@ from megachat.data.tokenizer import Tokenizer, train_sentencepiece
 from megachat.hub import Content, folder_on_disk
 from megachat.stages.config import RunConfig
 from megachat.stages.context import tokenizer_folder
+from megachat.stages.starts import tokenizer_source
 
 DEFAULT_TOKENIZER = "facebook/opt-125m"
 """Measures data of which no run is known; all published OPT models share it."""
@@ -51,9 +52,10 @@ def measure_of_run(config: RunConfig, *, folder: Path) -> Measure:
     made = tokenizer_folder(config)
     if (made / "tokenizer.json").is_file():
         return Measure(tokenizer=Tokenizer.load(made), origin=str(made))
-    section = config.tokenizer
-    if section.train is None:
-        return _on_disk(section.path or config.models.actor.model or "")
+    section, source = config.tokenizer, tokenizer_source(config)
+    if source is not None:
+        return _on_disk(source)
+    assert section.train is not None, "there is a source or a training"
     data = config.data.model_copy(update={"cache_dir": folder / "rows"})
     tokenizer = train_sentencepiece(training_texts(data), section.train, folder / "tokenizer")
     return Measure(

@@ -19,7 +19,7 @@ from megachat.stages.config import RunConfig
 from megachat.stages.context import TOKENIZER_RECORD, known_digests, stage_folder
 from megachat.stages.results import write_json
 from megachat.stages.settings import Settings, stage_settings
-from megachat.stages.starts import start_models, tokenizer_source
+from megachat.stages.starts import StartModel, start_models, tokenizer_source
 
 ORIGIN_FILE = "made_from.json"
 _FORMAT = 1
@@ -52,35 +52,24 @@ class Origin:
     """Digest of what was made, where that is known by one."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
-    """A model that a stage reads."""
-
-    name: str
-    """A folder or hub name."""
-    stage: Stage | None = None
-    """The stage of this run that makes it."""
-
-
-def model_sources(config: RunConfig, stage: Stage) -> dict[str, ModelSource]:
+def model_sources(config: RunConfig, stage: Stage) -> dict[str, StartModel]:
     """The models that a stage reads, by the key or stage that says so (pure).
 
     One of another run is called by its stage as well: with the same content it is the same run.
     """
-    found = {}
-    for start in start_models(config, stage):
-        if start.stage is None:
-            found[f"models.{start.role}.model"] = ModelSource(name=start.name)
-            continue
-        own = start.stage if config.run.source_of(start.stage) is None else None
-        found[f"stage {start.stage}"] = ModelSource(name=start.name, stage=own)
-    return found
+    return {
+        f"models.{start.role}.model" if start.stage is None else _key_of_stage(start.stage): start
+        for start in start_models(config, stage)
+    }
 
 
 def stages_before(config: RunConfig, stage: Stage) -> tuple[Stage, ...]:
     """The stages of this run whose models a stage reads (pure)."""
-    sources = model_sources(config, stage).values()
-    return tuple(source.stage for source in sources if source.stage is not None)
+    return tuple(
+        start.stage
+        for start in start_models(config, stage)
+        if start.stage is not None and config.run.source_of(start.stage) is None
+    )
 
 
 def data_inputs(config: RunConfig) -> dict[str, InputContent]:
@@ -178,8 +167,8 @@ def check_stage(config: RunConfig, stage: Stage) -> bool:
         )
     check_settings(folder, stage_settings(config, stage), recorded)
     check_contents(folder, data_inputs(config), recorded)
-    present, sources = model_inputs(config, stage), model_sources(config, stage)
-    made_here = {key for key, source in sources.items() if source.stage is not None}
+    present = model_inputs(config, stage)
+    made_here = {_key_of_stage(before) for before in stages_before(config, stage)}
     given = {key: content for key, content in present.items() if key not in made_here}
     check_contents(folder, given, recorded)
     return all(
@@ -233,6 +222,10 @@ def _change(key: str, before: InputContent, now: InputContent) -> str:
         f"{key} {place} had {kind} {old[:_SHOWN_DIGITS]}{moved}, now {new[:_SHOWN_DIGITS]}: put "
         f"that back, {_REMEDY}"
     )
+
+
+def _key_of_stage(stage: Stage) -> str:
+    return f"stage {stage}"
 
 
 def _digest_of_folder(folder: Path, digests: FileDigests) -> str | None:

@@ -72,7 +72,7 @@ def _take(output: Path, config: RunConfig, claim: ExitStack) -> None:
             f"run.output {output}: another run is writing there ({error}): wait for its end, end "
             "it, or choose another folder"
         ) from error
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         reason = why_no_locks(error)
         if reason is None:
             raise ConfigError(

@@ -15,7 +15,6 @@ import multiprocessing as mp
 import os
 import pickle
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -545,8 +544,3 @@ def _file_faults(output: Path, *, succeeded: bool) -> Iterator[str]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
-
-
-def copy_run(whole: Path, folder: Path) -> None:
-    """A draw's own copy of the whole run."""
-    shutil.copytree(whole, folder)

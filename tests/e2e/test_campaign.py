@@ -34,7 +34,7 @@ def test_whatever_is_wrong_costs_one_line(whole: Path, tmp_path: Path, first: in
     findings = []
     for number in range(first, first + DRAWS_EACH):
         folder = tmp_path / str(number)
-        campaign.copy_run(whole, folder)
+        shutil.copytree(whole, folder)
         draw = campaign.make_draw(number, folder)
         ended = campaign.run_command(draw, folder)
         faults = campaign.find_faults(draw, ended, folder)
@@ -49,7 +49,7 @@ def test_whatever_is_wrong_costs_one_line(whole: Path, tmp_path: Path, first: in
 def test_a_run_that_nothing_is_wrong_with_succeeds(whole: Path, tmp_path: Path) -> None:
     """Else the draws would prove nothing."""
     folder = tmp_path / "run"
-    campaign.copy_run(whole, folder)
+    shutil.copytree(whole, folder)
     draw = campaign.Draw(number=-1, command=["train", "--config", "run.toml"])
     ended = campaign.run_command(draw, folder)
     assert ended.exit_code == 0, ended.errors

@@ -48,3 +48,15 @@ def test_a_tokenizer_that_is_not_here_leaves_words_and_says_so(tmp_path: Path) -
     assert measure.tokenizer is None and "lengths are in words" in measure.origin
     with pytest.raises(CheckpointError):
         named_measure("nobody/has-this")
+
+
+def test_a_run_that_takes_its_tokenizer_from_another_one_is_measured_with_that(
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    made = train_tiny(other / "sft/model")
+    config = run_config(tmp_path, {"train": {"vocab_size": 60}})
+    run = config.run.model_copy(update={"sft_from": other})
+    measure = measure_of_run(config.model_copy(update={"run": run}), folder=tmp_path / "scratch")
+    assert measure.tokenizer is not None
+    assert measure.tokenizer.fingerprint == made.fingerprint
